@@ -1,0 +1,2590 @@
+#!/usr/bin/env python3
+"""msmtpd: a minimal SMTP server that pipes each mail to a command.
+
+It takes mail from local programs that insist on SMTP and hands it to
+``msmtp -f %F --``, or to any other command that reads a mail on standard
+input.  There is no queue: a client is told 250 once the command has exited
+with status 0, and the reason otherwise.
+
+    bytes from the client -> Session.step() -> actions -> Connection
+        bytes      a reply: to the output buffer, then to the client
+        Note       a line for the log
+        Pause      nothing is read or answered until the throttle lets it
+        Deliver    the command runs with the spooled mail as its standard
+                   input; the outcome comes back by Session.delivered()
+        Close      flush, shut down, forget
+
+The sections.  Each opens with a few lines on how it works:
+
+    Limits          every number, with its unit and its reason
+    Replies         every fixed reply, named by its meaning
+    Paths           reverse-path, forward-path and parameters
+    Mail data       spool, transparency, line ends, end of data, Received field
+    Authentication  the SASL mechanisms and the throttle
+    Session         the SMTP server as a pure protocol machine
+    Delivery        the command, its arguments, its outcome
+    Log             none, syslog, a file, standard error
+    Event loop      descriptors, timers, fairness
+    Server          connections, deliveries, listeners, signals
+    Inetd           one session on descriptors 0 and 1
+    Passwords       from a command, the key ring or a prompt
+    Command line    options, start-up, main
+
+Python 3.9 or later, standard library only.  In inetd mode every session pays
+for every import (2 to 13 ms each, beside 9 ms for the interpreter), so what
+a plain session does not need is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import binascii
+import errno
+import os
+import sys
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import signal
+    import socket
+    from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+    from typing import IO, Any, NoReturn, Protocol, Union
+
+    Reply = bytes
+    Action = Union[Reply, "Note", "Pause", "Deliver", "Close"]
+else:
+    import _signal as signal  # the C core of signal: without its enums, 5 ms less
+
+__version__ = "1.0.0"
+
+
+# ---- Limits ----------------------------------------------------------------
+#
+# Octets and seconds, unless a line says otherwise.  What a user may want to
+# know stands in the manual page too, and a test holds the two together.
+
+MAX_SESSIONS = 256  # beyond it clients wait in the backlog
+MAX_COMMANDS = 16  # commands running at once; further mails wait their turn
+BACKLOG = 1024  # connections the kernel holds for us; it may cap this lower
+MAX_RECIPIENTS = 1000  # in a transaction, as Postfix; RFC 5321 4.5.3.1.8 asks for 100
+MAX_MAIL_SIZE = 100 * 1024 * 1024  # the default of --max-size
+MAX_COMMAND_LINE = 4096  # RFC 5321 4.5.3.1.4 asks for 512, extensions add to it
+MAX_AUTH_LINE = 12288  # RFC 4954 section 4
+MAX_ADDRESS = 254  # a path has 256 with its brackets, RFC 5321 4.5.3.1.3
+MAX_REPLY_LINE = 512  # with CRLF, RFC 5321 4.5.3.1.5
+MAX_OUTPUT_LINES = 5  # of the command, in a reply: msmtp needs three
+MAX_ERRORS = 20  # negative replies since the last mail, as Postfix's hard limit
+MAX_AUTH_FAILURES = 3  # in a session
+
+IDLE_TIMEOUT = 300.0  # without progress, RFC 5321 4.5.3.2.7
+CROWDED_TIMEOUT = 10.0  # the same once all sessions are taken
+DATA_SECONDS_PER_OCTET = 10.0 / 1024  # mail data slower than 1 KiB in 10 s is no progress
+COMMAND_TIMEOUT = 600.0  # clients wait that long for a mail, RFC 5321 4.5.3.2.6
+KILL_DELAY = 10.0  # between SIGTERM and SIGKILL for a command
+STOP_TIMEOUT = 60.0  # for open transactions after SIGTERM
+LINGER_TIMEOUT = 2.0  # for the client to close after our last reply
+RETRY_DELAY = 1.0  # before accepting again when descriptors or memory ran out
+THROTTLE_SECONDS = 60.0  # after an authentication failure, while ...
+THROTTLE_DELAY = 1.0  # ... every outcome of AUTH is held back by this
+KEY_RING_TIMEOUT = 30.0  # for a key ring that waits to be unlocked
+
+RECEIVE_SIZE = 65536  # more makes malloc map and unmap memory at every receive
+SPOOL_MEMORY = 32768  # of a mail before it goes to a file; also fits into a pipe
+OUTPUT_BUFFER = 65536  # of replies not yet taken, before we stop reading
+OUTPUT_TAIL = 4096  # of what the command prints, kept for reply and log
+TURN_STEPS = 64  # of one session, before the others have their turn
+LOG_FIELD = 512  # characters of a client's or a command's text in a log line
+
+
+# ---- Replies ---------------------------------------------------------------
+#
+# RFC 5321 section 4.2, with the enhanced status codes of RFC 3463; the
+# greeting and the replies to HELO and EHLO carry none (RFC 2034 section 4).
+
+GREETING = b"220 localhost ESMTP msmtpd\r\n"
+HELO_OK = b"250 localhost\r\n"
+BYE = b"221 2.0.0 Bye\r\n"
+OK = b"250 2.0.0 Ok\r\n"
+SENDER_OK = b"250 2.1.0 Ok\r\n"
+RECIPIENT_OK = b"250 2.1.5 Ok\r\n"
+DELIVERED = b"250 2.0.0 Ok, mail was piped\r\n"
+NOT_VERIFIED = b"252 2.5.0 Send the mail, then it will be tried\r\n"
+HELP = b"214 2.0.0 EHLO HELO MAIL RCPT DATA RSET NOOP VRFY AUTH QUIT, see msmtpd(1)\r\n"
+START_MAIL = b"354 Send data\r\n"
+AUTHENTICATED = b"235 2.7.0 Authentication succeeded\r\n"
+
+SHUTTING_DOWN = b"421 4.3.2 Server is shutting down, try again later\r\n"
+TIMED_OUT = b"421 4.4.2 Timeout, closing connection\r\n"
+INTERNAL_ERROR = b"421 4.3.0 Internal error, see the log of msmtpd\r\n"
+TOO_MANY_ERRORS = b"421 4.7.0 Too many errors, closing connection\r\n"
+TOO_MANY_FAILURES = b"421 4.7.0 Too many authentication failures, closing connection\r\n"
+
+TOO_MANY_RECIPIENTS = b"452 4.5.3 Too many recipients, send the rest in another mail\r\n"
+SPOOL_FAILED = b"452 4.3.1 Cannot store the mail, try again later\r\n"
+
+UNKNOWN_COMMAND = b"500 5.5.2 Command not recognized\r\n"
+LINE_TOO_LONG = b"500 5.5.2 Line too long\r\n"
+NAME_MISSING = b"501 Say your name: EHLO name\r\n"
+SENDER_SYNTAX = b"501 5.5.4 Syntax: MAIL FROM:<address>\r\n"
+RECIPIENT_SYNTAX = b"501 5.5.4 Syntax: RCPT TO:<address>\r\n"
+ADDRESS_SYNTAX = b"501 5.1.3 Address has an unmatched bracket\r\n"
+PARAMETER_SYNTAX = b"501 5.5.4 Parameter has a bad value\r\n"
+NO_ARGUMENT = b"501 5.5.4 No argument allowed\r\n"
+AUTH_SYNTAX = b"501 5.5.4 Syntax: AUTH mechanism [initial response]\r\n"
+AUTH_MALFORMED = b"501 5.5.2 Authentication exchange is malformed\r\n"
+AUTH_CANCELLED = b"501 5.7.0 Authentication cancelled\r\n"
+NOT_IMPLEMENTED = b"502 5.5.1 Command not implemented\r\n"
+NO_GREETING = b"503 5.5.1 Send EHLO first\r\n"
+NO_SENDER = b"503 5.5.1 Send MAIL first\r\n"
+NO_RECIPIENT = b"503 5.5.1 Send RCPT first\r\n"
+NESTED_MAIL = b"503 5.5.1 Sender is already given\r\n"
+ALREADY_AUTHENTICATED = b"503 5.5.1 Already authenticated\r\n"
+AUTH_IN_TRANSACTION = b"503 5.5.1 Not in the middle of a mail\r\n"
+UNKNOWN_MECHANISM = b"504 5.5.4 Authentication mechanism not supported\r\n"
+AUTH_REQUIRED = b"530 5.7.0 Authentication required\r\n"
+AUTH_FAILED = b"535 5.7.8 Wrong user name or password\r\n"
+MAIL_TOO_BIG = b"552 5.3.4 Mail is too big\r\n"
+BAD_ADDRESS = b"553 5.1.3 Address has a character that is not allowed, or a bad length\r\n"
+NEEDS_SMTPUTF8 = b"553 5.6.7 Address needs SMTPUTF8\r\n"
+NOT_FOR_COMMAND = b"553 5.1.7 Address has a character that this server's command cannot take\r\n"
+NO_VALID_RECIPIENTS = b"554 5.5.1 No valid recipients\r\n"
+UNKNOWN_PARAMETER = b"555 5.5.4 Parameter not recognized\r\n"
+
+
+class Refused(Exception):
+    """A command that is answered with a negative reply and has no effect."""
+
+    def __init__(self, reply: Reply) -> None:
+        self.reply = reply
+
+
+# ---- Paths -----------------------------------------------------------------
+#
+# The arguments of MAIL and RCPT: pure functions from octets to octets that
+# raise Refused.  They are no grammar police (msmtp and the next server judge
+# addresses), but the second line of defence for commands that parse their
+# arguments once more, such as ssh or eval: no octet that a shell could take
+# for a separator, an expansion or a redirection ever gets through.
+
+_PLAIN = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789.@_+-/=%,:"
+_ALLOWED = _PLAIN + b"#!'*?^{}~[]"
+_NON_ASCII = bytes(range(128, 256))
+
+
+def split_path(argument: bytes, keyword: bytes, syntax: Reply) -> tuple[bytes, bytes]:
+    """Split ``FROM:<path> parameters`` into the bare path and the parameters.
+
+    Blanks after the colon and a path without brackets are tolerated, and a
+    source route is dropped (RFC 5321 appendix C).
+    """
+    if argument[: len(keyword)].upper() != keyword:
+        raise Refused(syntax)
+    rest = argument[len(keyword) :].strip()
+    if rest.startswith(b"<"):
+        path, bracket, parameters = rest[1:].partition(b">")
+        if not bracket:
+            raise Refused(ADDRESS_SYNTAX)
+    else:
+        path, _, parameters = rest.partition(b" ")
+        if not path:
+            raise Refused(syntax)
+        if b">" in path:
+            raise Refused(ADDRESS_SYNTAX)
+    if path.startswith(b"@"):
+        path = path.partition(b":")[2]
+        if not path:
+            raise Refused(BAD_ADDRESS)
+    return path, parameters
+
+
+def check_address(address: bytes, utf8: bool) -> None:
+    """Refuse what no mailbox of ours looks like.
+
+    A leading ``-`` could be taken for an option by the command.
+    """
+    if not 1 <= len(address) <= MAX_ADDRESS or address.startswith(b"-"):
+        raise Refused(BAD_ADDRESS)
+    strange = address.translate(None, _ALLOWED)
+    if not strange:
+        return
+    if strange.translate(None, _NON_ASCII):
+        raise Refused(BAD_ADDRESS)
+    if not utf8:
+        raise Refused(NEEDS_SMTPUTF8)
+    try:
+        printable = address.decode().isprintable()
+    except UnicodeDecodeError:
+        printable = False
+    if not printable:
+        raise Refused(BAD_ADDRESS)
+
+
+def is_plain(address: bytes) -> bool:
+    """Tell whether an address means itself to a shell that parses it unquoted."""
+    return not address.translate(None, _PLAIN + _NON_ASCII)
+
+
+def mail_parameters(parameters: bytes) -> tuple[int, bool]:
+    """Read the parameters of MAIL: (declared size in octets or 0, SMTPUTF8)."""
+    size, utf8 = 0, False
+    for parameter in parameters.split():
+        keyword, equals, value = parameter.partition(b"=")
+        keyword = keyword.upper()
+        if keyword == b"SIZE":  # RFC 1870: up to 20 digits
+            if not value.isdigit() or len(value) > 20:
+                raise Refused(PARAMETER_SYNTAX)
+            size = int(value)
+        elif keyword == b"BODY":  # RFC 6152
+            if value.upper() not in (b"7BIT", b"8BITMIME"):
+                raise Refused(PARAMETER_SYNTAX)
+        elif keyword == b"SMTPUTF8":  # RFC 6531 section 3.4
+            if equals:
+                raise Refused(PARAMETER_SYNTAX)
+            utf8 = True
+        elif keyword == b"AUTH":  # RFC 4954 section 5: we may ignore it
+            if not value:
+                raise Refused(PARAMETER_SYNTAX)
+        else:
+            raise Refused(UNKNOWN_PARAMETER)
+    return size, utf8
+
+
+# ---- Mail data -------------------------------------------------------------
+#
+# MailData decodes what follows DATA and writes it to a Spool.  Octets are
+# octets: 8-bit, NUL, long lines and stray CR or LF pass.  Only transparency is
+# undone (RFC 5321 4.5.2) and CRLF becomes LF.
+#
+# Which sequence ends the data is settled by how the client ended the line that
+# said DATA.  After CRLF only CRLF.CRLF does: whoever lets LF.LF, CR.CR or the
+# like do too can have a second mail smuggled into the first (CVE-2023-51764).
+# After a bare LF, which only a person or a script types, LF.LF or LF.CRLF does.
+#
+# One search for "line end, dot" finds both the stuffed dots and the end.  What
+# may be the beginning of such a sequence at the end of a piece is held back
+# until the next one.
+
+
+class Spool:
+    """A mail waiting for its command: in memory, beyond SPOOL_MEMORY in a file.
+
+    The file is unlinked from the start, so that it is gone whatever happens.
+    It lies in TMPDIR or in /tmp.  Methods raise OSError.
+    """
+
+    __slots__ = ("file", "memory")
+
+    def __init__(self) -> None:
+        self.memory = bytearray()
+        self.file: IO[bytes] | None = None
+
+    def write(self, data: bytes) -> None:
+        if self.file is None and len(self.memory) + len(data) <= SPOOL_MEMORY:
+            self.memory += data
+        else:
+            self._write_file(data)
+
+    def _write_file(self, data: bytes | bytearray) -> None:
+        if self.file is None:
+            import tempfile
+
+            directory = os.environ.get("TMPDIR") or "/tmp"
+            self.file = tempfile.TemporaryFile(dir=directory, buffering=0)
+            memory, self.memory = self.memory, bytearray()
+            self._write_file(memory)
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self.file.fileno(), view) :]
+
+    def open(self) -> int:
+        """Return a descriptor of its own from which the whole mail can be read."""
+        if self.file is None:
+            reader, writer = os.pipe()
+            os.set_blocking(writer, False)
+            try:
+                whole = os.write(writer, self.memory) == len(self.memory)
+            except OSError:
+                whole = False
+            os.close(writer)
+            if whole:
+                return reader
+            os.close(reader)  # a pipe may be as small as a page where many are open
+            self._write_file(b"")
+        assert self.file is not None
+        os.lseek(self.file.fileno(), 0, os.SEEK_SET)
+        return os.dup(self.file.fileno())
+
+    def close(self) -> None:
+        self.memory = bytearray()
+        if self.file is not None:
+            self.file.close()
+
+
+class MailData:
+    """The decoder of one mail's data, writing to a spool.
+
+    What goes wrong (too big, spool full) is kept in `failure`, and the rest of
+    the data is read and dropped, since the client can be answered only then.
+    """
+
+    __slots__ = ("_ends", "_eol", "_first", "_held", "_limit", "failure", "size", "spool", "trouble")
+
+    def __init__(self, spool: Spool, limit: int, crlf: bool) -> None:
+        self.spool = spool
+        self.size = 0  # octets as sent, without transparency and end of data
+        self.failure: Reply | None = None
+        self.trouble = ""  # the spool's, for the log
+        self._limit = limit
+        self._eol = b"\r\n" if crlf else b"\n"
+        self._ends = (b"\r\n",) if crlf else (b"\r\n", b"\n")
+        # A dot may be the very first octet: the data begin as if behind a line end.
+        self._held = self._eol
+        self._first = True
+
+    def feed(self, data: bytes) -> int:
+        """Decode `data`; return how many octets follow the end, -1 without an end."""
+        data = self._held + data
+        mark = self._eol + b"."
+        pieces, start, left = [], 0, -1
+        while True:
+            found = data.find(mark, start)
+            if found < 0:
+                end = len(data) - self._unsure(data, start)
+                break
+            after = found + len(mark)
+            next_two = data[after : after + 2]
+            if next_two.startswith(self._ends):
+                end = after - 1
+                left = len(data) - after - (2 if next_two == b"\r\n" else 1)
+                break
+            if next_two in (b"", b"\r"):
+                end = found - data.endswith(b"\r", start, found)
+                break
+            pieces.append(data[start : after - 1])
+            start = after
+        pieces.append(data[start:end])
+        self._held = data[end:]
+        self._put(b"".join(pieces))
+        return left
+
+    def _unsure(self, data: bytes, start: int) -> int:
+        """Count the last octets that the next piece may turn into a mark or a CRLF."""
+        for tail in (b"\r\n", self._eol, b"\r"):
+            if data.endswith(tail, start):
+                return len(tail)
+        return 0
+
+    def _put(self, data: bytes) -> None:
+        if self._first and data:
+            data = data[len(self._eol) :]  # which was not sent
+            self._first = False
+        self.size += len(data)
+        if self.failure is None and self.size > self._limit:
+            self._fail(MAIL_TOO_BIG)
+        if self.failure is None:
+            try:
+                self.spool.write(crlf_to_lf(data))
+            except OSError as error:
+                self.trouble = f"cannot store a mail in TMPDIR: {error.strerror}"
+                self._fail(SPOOL_FAILED)
+
+    def _fail(self, reply: Reply) -> None:
+        self.failure = reply
+        self.spool.close()
+
+
+def crlf_to_lf(data: bytes) -> bytes:
+    """Turn CRLF into LF and leave every other CR alone.
+
+    Counting first is worth it: where no stray CR is about, which is nearly
+    always, deleting one octet is faster than replacing two.
+    """
+    pairs = data.count(b"\r\n")
+    if not pairs:
+        return data
+    if data.count(b"\r") == pairs:
+        return data.replace(b"\r", b"")
+    return data.replace(b"\r\n", b"\n")
+
+
+def address_literal(host: str) -> str:
+    """Return an IP address as RFC 5321 4.1.3 writes it."""
+    host = host.partition("%")[0]
+    if host.startswith("::ffff:") and "." in host:
+        host = host[7:]
+    return f"[IPv6:{host}]" if ":" in host else f"[{host}]"
+
+
+def received_field(name: bytes, client: str, server: str, protocol: str, date: float) -> bytes:
+    """Return the Received field of RFC 5321 4.4, in LF lines as the command gets them.
+
+    `client` and `server` are IP addresses, or empty where there are none
+    (pipes); `date` is in seconds since the epoch.
+    """
+    text = name[:255].decode("ascii", "replace")
+    clean = "".join(c if c.isalnum() or c in ".-_:[]" else "?" for c in text)
+    source = f" ({address_literal(client)})" if client else ""
+    by = address_literal(server) if server else "localhost"
+    when = time.strftime("%a, %d %b %Y %H:%M:%S %z", time.localtime(date))
+    return f"Received: from {clean}{source}\n\tby {by} (msmtpd) with {protocol};\n\t{when}\n".encode()
+
+
+# ---- Authentication --------------------------------------------------------
+#
+# A mechanism is a generator that yields challenges, is sent responses (both
+# without base64) and returns whether they were right.  It raises Refused for
+# what is malformed.  Nothing that the client sent is kept or logged.
+#
+# User and password are both compared, in constant time, whatever comes first.
+# All four mechanisms work without TLS, which there is none of on loopback;
+# CRAM-MD5 and SCRAM serve clients that refuse to send a password without it.
+
+
+class Credentials:
+    """The one user who may send mail, and the password."""
+
+    __slots__ = ("_scram", "password", "user")
+
+    def __init__(self, user: str, password: bytes) -> None:
+        self.user = user.encode(errors="surrogateescape")
+        self.password = password
+        self._scram: tuple[bytes, bytes] | None = None
+
+    def match(self, user: bytes, password: bytes) -> bool:
+        return bool(equal(user, self.user) & equal(password, self.password))
+
+    def scram(self) -> tuple[bytes, bytes]:
+        """Return a salt and the salted password of RFC 5802, made at the first use."""
+        if self._scram is None:
+            import hashlib
+            import unicodedata
+
+            # What SASLprep (RFC 4013) makes of it on the client's side, but for its refusals.
+            text = self.password.decode(errors="surrogateescape")
+            password = unicodedata.normalize("NFKC", text).encode(errors="surrogateescape")
+            salt = os.urandom(16)
+            self._scram = salt, hashlib.pbkdf2_hmac("sha256", password, salt, SCRAM_ITERATIONS)
+        return self._scram
+
+
+SCRAM_ITERATIONS = 4096  # RFC 7677 section 4: at least
+
+
+def equal(a: bytes, b: bytes) -> bool:
+    """Compare in a time that tells nothing about where the two differ."""
+    import hmac
+
+    return hmac.compare_digest(a, b)
+
+
+def auth_plain(credentials: Credentials) -> Exchange:
+    """PLAIN, RFC 4616.  Any authzid will do: there is only one user."""
+    fields = (yield b"").split(b"\0")
+    if len(fields) != 3:
+        raise Refused(AUTH_MALFORMED)
+    return credentials.match(fields[1], fields[2])
+
+
+def auth_login(credentials: Credentials) -> Exchange:
+    """LOGIN, which has no RFC; clients compare these very prompts."""
+    user = yield b"Username:"
+    password = yield b"Password:"
+    return credentials.match(user, password)
+
+
+def auth_cram_md5(credentials: Credentials) -> Exchange:
+    """CRAM-MD5, RFC 2195."""
+    import hmac
+
+    challenge = b"<%s.%d@localhost>" % (binascii.hexlify(os.urandom(16)), time.time())
+    user, _, digest = (yield challenge).rpartition(b" ")
+    expected = hmac.new(credentials.password, challenge, "md5").hexdigest().encode()
+    return bool(equal(user, credentials.user) & equal(digest.lower(), expected))
+
+
+def auth_scram_sha_256(credentials: Credentials) -> Exchange:
+    """SCRAM-SHA-256 without channel binding, RFC 5802 and RFC 7677."""
+    import hashlib
+    import hmac
+
+    def sign(key: bytes, message: bytes) -> bytes:
+        return hmac.new(key, message, "sha256").digest()
+
+    header, first_bare, user, nonce = scram_client_first((yield b""))
+    salt, salted = credentials.scram()
+    nonce += binascii.b2a_base64(os.urandom(18), newline=False)
+    salt64 = binascii.b2a_base64(salt, newline=False)
+    server_first = b"r=%s,s=%s,i=%d" % (nonce, salt64, SCRAM_ITERATIONS)
+
+    bare, separator, proof64 = (yield server_first).rpartition(b",p=")
+    binding = binascii.b2a_base64(header, newline=False)
+    if not separator or bare.split(b",")[:2] != [b"c=" + binding, b"r=" + nonce]:
+        raise Refused(AUTH_MALFORMED)
+    proof = decode_base64(proof64)
+    message = b",".join((first_bare, server_first, bare))
+    client_key = sign(salted, b"Client Key")
+    signature = sign(hashlib.sha256(client_key).digest(), message)
+    expected = bytes(a ^ b for a, b in zip(client_key, signature))
+    if not equal(user, credentials.user) & equal(proof, expected):
+        return False
+    server_signature = sign(sign(salted, b"Server Key"), message)
+    if (yield b"v=" + binascii.b2a_base64(server_signature, newline=False)):
+        raise Refused(AUTH_MALFORMED)  # it has only to acknowledge
+    return True
+
+
+def scram_client_first(message: bytes) -> tuple[bytes, bytes, bytes, bytes]:
+    """Split SCRAM's first message into GS2 header, the bare rest, user and nonce.
+
+    We offer no channel binding: a client that has none says ``n``, one that
+    has it but sees that we have not says ``y`` (RFC 5802 section 6).
+    """
+    fields = message.split(b",")
+    if len(fields) < 4 or fields[0] not in (b"n", b"y") or fields[1][:2] not in (b"", b"a="):
+        raise Refused(AUTH_MALFORMED)
+    if fields[2][:2] != b"n=" or fields[3][:2] != b"r=" or len(fields[3]) == 2:
+        raise Refused(AUTH_MALFORMED)
+    user = fields[2][2:].replace(b"=2C", b",").replace(b"=3D", b"=")
+    header = b",".join(fields[:2]) + b","
+    return header, message[len(header) :], user, fields[3][2:]
+
+
+def decode_base64(text: bytes) -> bytes:
+    """Decode strictly: Python's decoder skips what is not base64."""
+    try:
+        data = binascii.a2b_base64(text)
+    except binascii.Error:
+        raise Refused(AUTH_MALFORMED) from None
+    if binascii.b2a_base64(data, newline=False) != text:
+        raise Refused(AUTH_MALFORMED)
+    return data
+
+
+class Mechanism:
+    """A SASL mechanism, and whether the client speaks first in it."""
+
+    __slots__ = ("client_first", "exchange")
+
+    def __init__(self, exchange: Callable[[Credentials], Exchange], client_first: bool) -> None:
+        self.exchange = exchange
+        self.client_first = client_first
+
+
+# The order is the one that EHLO offers: some clients take the first they know.
+MECHANISMS = {
+    b"PLAIN": Mechanism(auth_plain, True),
+    b"LOGIN": Mechanism(auth_login, True),
+    b"CRAM-MD5": Mechanism(auth_cram_md5, False),
+    b"SCRAM-SHA-256": Mechanism(auth_scram_sha_256, True),
+}
+
+
+class Throttle:
+    """Slows down guessing: for a while after a failure every outcome comes late.
+
+    Right or wrong, in every session: an early answer would tell them apart.
+    In inetd mode, where no session knows of the others, it is `always` so.
+    """
+
+    __slots__ = ("_until", "always")
+
+    def __init__(self, always: bool = False) -> None:
+        self.always = always
+        self._until = float("-inf")
+
+    def delay(self, now: float, failed: bool) -> float:
+        """Return for how many seconds to hold back an outcome that is known `now`."""
+        late = self.always or now < self._until
+        if failed:
+            self._until = now + THROTTLE_SECONDS
+        return THROTTLE_DELAY if late else 0.0
+
+
+# ---- Session ---------------------------------------------------------------
+#
+# The SMTP server as a pure protocol machine: bytes in, actions out; no
+# descriptors, no clock, no log.  receive() takes input in whatever pieces it
+# comes, step() takes the next line (or piece of mail data) out of it and
+# returns what is to be done, [] when more input is needed.
+#
+# The state is four facts: the name of the greeting, whether the client is
+# authenticated, the envelope of the open transaction or None, and the reader,
+# which is who gets the next input: the commands, an AUTH exchange, the mail
+# data, or nobody while a delivery runs and after the end.
+#
+# VERBS names for each verb what it does and what must hold before it.  Only
+# step() and _read_command() refuse; the methods for the verbs hold only
+# effects.  A refused command never ends the session; QUIT, too many errors
+# and a client that does not speak SMTP do.
+
+
+class Note:
+    """Something for the log."""
+
+    __slots__ = ("level", "text")
+
+    def __init__(self, level: str, text: str) -> None:
+        self.level = level
+        self.text = text
+
+
+class Pause:
+    """The outcome of an authentication: the throttle may hold back what follows."""
+
+    __slots__ = ("failed",)
+
+    def __init__(self, failed: bool) -> None:
+        self.failed = failed
+
+
+class Deliver:
+    """A complete mail.  The session goes on with Session.delivered()."""
+
+    __slots__ = ("envelope", "size", "spool")
+
+    def __init__(self, envelope: Envelope, spool: Spool, size: int) -> None:
+        self.envelope = envelope
+        self.spool = spool
+        self.size = size
+
+
+class Close:
+    """The end of the session; `orderly` if the client wished it."""
+
+    __slots__ = ("orderly",)
+
+    def __init__(self, orderly: bool) -> None:
+        self.orderly = orderly
+
+
+class Envelope:
+    """An open mail transaction."""
+
+    __slots__ = ("recipients", "refused", "sender", "utf8")
+
+    def __init__(self, sender: bytes, utf8: bool) -> None:
+        self.sender = sender  # the reverse-path, b"" for the null one
+        self.utf8 = utf8
+        self.recipients: list[bytes] = []  # forward-paths
+        self.refused = False  # a recipient was
+
+
+class Policy:
+    """What every session of this process offers and accepts."""
+
+    __slots__ = ("credentials", "ehlo_reply", "max_size", "plain_senders")
+
+    def __init__(
+        self,
+        max_size: int = MAX_MAIL_SIZE,
+        credentials: Credentials | None = None,
+        plain_senders: bool = False,
+    ) -> None:
+        self.max_size = max_size
+        self.credentials = credentials
+        self.plain_senders = plain_senders  # see Command
+        offers = [b"localhost", b"PIPELINING", b"SIZE %d" % max_size, b"8BITMIME", b"SMTPUTF8"]
+        if credentials:
+            offers.append(b"AUTH " + b" ".join(MECHANISMS))
+        lines = [b"250-%s\r\n" % offer for offer in offers]
+        self.ehlo_reply = b"".join(lines) + b"250 ENHANCEDSTATUSCODES\r\n"
+
+
+# The methods that no form may use to reach us: a browser can be made to send
+# any body to a port of its own machine.
+HTTP_METHODS = frozenset(b"GET HEAD POST PUT DELETE CONNECT OPTIONS TRACE PATCH PRI".split())
+
+
+class Session:
+    """One SMTP session.
+
+    `open_spool` is called with the greeting's name and the protocol for the
+    Received field, and returns the spool for a mail.
+    """
+
+    __slots__ = (
+        "_at",
+        "_auth_failures",
+        "_data",
+        "_errors",
+        "_esmtp",
+        "_exchange",
+        "_input",
+        "_line_ended_in_crlf",
+        "_open_spool",
+        "_overlong",
+        "_policy",
+        "_reader",
+        "authenticated",
+        "envelope",
+        "name",
+    )
+
+    def __init__(self, policy: Policy, open_spool: Callable[[bytes, str], Spool]) -> None:
+        self._policy = policy
+        self._open_spool = open_spool
+        self.name: bytes | None = None  # of HELO or EHLO
+        self._esmtp = False
+        self.authenticated = policy.credentials is None
+        self.envelope: Envelope | None = None
+        self._reader = Session._read_command
+        self._exchange: Exchange | None = None  # while _read_auth reads
+        self._data: MailData | None = None  # while _read_data reads
+        self._errors = 0  # since the last mail
+        self._auth_failures = 0
+        self._input = b""
+        self._at = 0  # where the unread input begins
+        self._overlong = False  # the rest of the line is to be skipped
+        self._line_ended_in_crlf = True
+
+    # Input and output
+
+    def receive(self, data: bytes) -> None:
+        """Take input, in any pieces, at any time."""
+        self._input = self._input[self._at :] + data
+        self._at = 0
+
+    def step(self) -> list[Action]:
+        """Work off the next line or piece of data; [] if it is not there yet."""
+        try:
+            return self._reader(self)
+        except Refused as refused:
+            self._expect_command()  # a refusal ends an AUTH exchange
+            return self._negative(refused.reply)
+
+    def delivered(self, reply: Reply) -> list[Action]:
+        """End the transaction that Deliver began, with the reply to its mail."""
+        self._end_transaction()
+        self._expect_command()
+        if reply[:1] != b"2":
+            return self._negative(reply)
+        self._errors = 0
+        return [reply]
+
+    def close(self) -> None:
+        """Drop what is left, so that no file outlives the session."""
+        self._reader = Session._read_nothing
+        self._end_transaction()
+
+    @property
+    def in_transaction(self) -> bool:
+        return self.envelope is not None
+
+    @property
+    def reading_data(self) -> bool:
+        return self._data is not None
+
+    def _negative(self, reply: Reply) -> list[Action]:
+        self._errors += 1
+        if self._errors < MAX_ERRORS:
+            return [reply]
+        return [reply, TOO_MANY_ERRORS, Note("warning", "too many errors"), *self._end(orderly=False)]
+
+    def _end(self, orderly: bool) -> list[Action]:
+        self._reader = Session._read_nothing
+        return [Close(orderly)]
+
+    def _end_transaction(self) -> None:
+        self.envelope = None
+        if self._data is not None:
+            self._data.spool.close()
+            self._data = None
+
+    # Readers: who gets the next input
+
+    def _expect_command(self) -> None:
+        self._reader = Session._read_command
+        self._exchange = None
+
+    def _read_nothing(self) -> list[Action]:
+        return []
+
+    def _read_command(self) -> list[Action]:
+        if self._at < len(self._input) and not self._is_text(self._input[self._at]):
+            return self._not_smtp("binary data")
+        line = self._take_line(MAX_COMMAND_LINE)
+        if line is None:
+            return []
+        verb, _, argument = line.rstrip(b" \t").partition(b" ")
+        command = VERBS.get(verb.upper())
+        if command is None:
+            if verb.upper() in HTTP_METHODS or b" HTTP/" in line or verb.endswith(b":"):
+                return self._not_smtp("HTTP")
+            raise Refused(UNKNOWN_COMMAND)
+        effect, conditions = command
+        for holds, reply in conditions:
+            if not holds(self):
+                raise Refused(reply)
+        return effect(self, argument.strip())
+
+    @staticmethod
+    def _is_text(octet: int) -> bool:
+        return 32 <= octet < 127 or octet in b"\r\n\t"
+
+    def _not_smtp(self, what: str) -> list[Action]:
+        return [Note("warning", f"client does not speak SMTP but {what}"), *self._end(orderly=False)]
+
+    def _read_auth(self) -> list[Action]:
+        line = self._take_line(MAX_AUTH_LINE)
+        if line is None:
+            return []
+        return self._respond(line)
+
+    def _read_data(self) -> list[Action]:
+        assert self._data is not None and self.envelope is not None
+        if self._at == len(self._input):
+            return []
+        left = self._data.feed(self._input[self._at :])
+        self._at = len(self._input) - max(left, 0)
+        if left < 0:
+            return []
+        data, self._data = self._data, None
+        if data.failure is None:
+            self._reader = Session._read_nothing
+            return [Deliver(self.envelope, data.spool, data.size)]
+        self._end_transaction()
+        self._expect_command()
+        text = data.trouble or f"mail of {data.size} octets is over the limit of {self._policy.max_size}"
+        return [Note("error", text), *self._negative(data.failure)]
+
+    def _take_line(self, limit: int) -> bytes | None:
+        """Take the next line, without its end; None while it is incomplete.
+
+        A line may end in LF alone.  One over the limit is dropped as it comes
+        and refused when its end has come.
+        """
+        if self._input[self._at : self._at + 5].upper() == b"AUTH ":
+            limit = MAX_AUTH_LINE
+        end = self._input.find(b"\n", self._at) + 1
+        if not end:
+            if len(self._input) - self._at > limit:
+                self._overlong = True
+                self._at = len(self._input)
+            return None
+        line = self._input[self._at : end]
+        self._at = end
+        if self._overlong or len(line) > limit:
+            self._overlong = False
+            raise Refused(LINE_TOO_LONG)
+        self._line_ended_in_crlf = line.endswith(b"\r\n")
+        return line[:-2] if self._line_ended_in_crlf else line[:-1]
+
+    # Verbs: what each does once its conditions hold
+
+    def _ehlo(self, argument: bytes) -> list[Action]:
+        self._greet(argument, esmtp=True)
+        return [self._policy.ehlo_reply]
+
+    def _helo(self, argument: bytes) -> list[Action]:
+        self._greet(argument, esmtp=False)
+        return [HELO_OK]
+
+    def _greet(self, name: bytes, esmtp: bool) -> None:
+        if not name:
+            raise Refused(NAME_MISSING)
+        self._end_transaction()
+        self.name = name
+        self._esmtp = esmtp
+
+    def _mail(self, argument: bytes) -> list[Action]:
+        path, parameters = split_path(argument, b"FROM:", SENDER_SYNTAX)
+        size, utf8 = mail_parameters(parameters)
+        if path:
+            check_address(path, utf8)
+            if self._policy.plain_senders and not is_plain(path):
+                raise Refused(NOT_FOR_COMMAND)
+        if size > self._policy.max_size:
+            raise Refused(MAIL_TOO_BIG)
+        self.envelope = Envelope(path, utf8)
+        return [SENDER_OK]
+
+    def _rcpt(self, argument: bytes) -> list[Action]:
+        assert self.envelope is not None
+        self.envelope.refused = True  # until it is accepted
+        path, parameters = split_path(argument, b"TO:", RECIPIENT_SYNTAX)
+        check_address(path, self.envelope.utf8)
+        if parameters.strip():
+            raise Refused(UNKNOWN_PARAMETER)
+        if len(self.envelope.recipients) >= MAX_RECIPIENTS:
+            raise Refused(TOO_MANY_RECIPIENTS)
+        self.envelope.recipients.append(path)
+        return [RECIPIENT_OK]
+
+    def _start_data(self, argument: bytes) -> list[Action]:
+        assert self.envelope is not None and self.name is not None
+        if argument:
+            raise Refused(NO_ARGUMENT)
+        if not self.envelope.recipients:
+            raise Refused(NO_VALID_RECIPIENTS if self.envelope.refused else NO_RECIPIENT)
+        spool = self._open_spool(self.name, self._protocol(self.envelope))
+        self._data = MailData(spool, self._policy.max_size, self._line_ended_in_crlf)
+        self._reader = Session._read_data
+        return [START_MAIL]
+
+    def _protocol(self, envelope: Envelope) -> str:
+        """Return the ``with`` of the Received field, RFC 3848 and RFC 6531 4.3."""
+        authenticated = self._policy.credentials is not None
+        base = "UTF8SMTP" if envelope.utf8 else "ESMTP" if self._esmtp or authenticated else "SMTP"
+        return base + "A" * authenticated
+
+    def _rset(self, argument: bytes) -> list[Action]:
+        self._end_transaction()
+        return [OK]
+
+    def _noop(self, argument: bytes) -> list[Action]:
+        return [OK]
+
+    def _help(self, argument: bytes) -> list[Action]:
+        return [HELP]
+
+    def _vrfy(self, argument: bytes) -> list[Action]:
+        return [NOT_VERIFIED]
+
+    def _not_implemented(self, argument: bytes) -> list[Action]:
+        raise Refused(NOT_IMPLEMENTED)
+
+    def _quit(self, argument: bytes) -> list[Action]:
+        return [BYE, *self._end(orderly=not self.in_transaction)]
+
+    # Authentication
+
+    def _auth(self, argument: bytes) -> list[Action]:
+        assert self._policy.credentials is not None
+        words = argument.split()
+        if not 1 <= len(words) <= 2:
+            raise Refused(AUTH_SYNTAX)
+        mechanism = MECHANISMS.get(words[0].upper())
+        if mechanism is None:
+            raise Refused(UNKNOWN_MECHANISM)
+        if len(words) == 2 and not mechanism.client_first:
+            raise Refused(AUTH_SYNTAX)  # RFC 4954 section 4
+        self._exchange = mechanism.exchange(self._policy.credentials)
+        challenge = next(self._exchange)
+        if len(words) == 2:
+            return self._respond(b"" if words[1] == b"=" else words[1])
+        return self._challenge(challenge)
+
+    def _challenge(self, challenge: bytes) -> list[Action]:
+        self._reader = Session._read_auth
+        return [b"334 %s\r\n" % binascii.b2a_base64(challenge, newline=False)]
+
+    def _respond(self, line: bytes) -> list[Action]:
+        """Give the client's response to the exchange, which ends unless it asks on."""
+        assert self._exchange is not None
+        if line == b"*":
+            raise Refused(AUTH_CANCELLED)
+        try:
+            return self._challenge(self._exchange.send(decode_base64(line)))
+        except StopIteration as end:
+            self._expect_command()
+            return self._authenticated(end.value)
+
+    def _authenticated(self, success: bool) -> list[Action]:
+        if success:
+            self.authenticated = True
+            return [Pause(failed=False), AUTHENTICATED]
+        self._auth_failures += 1
+        actions: list[Action] = [Note("warning", "authentication failed"), Pause(failed=True)]
+        if self._auth_failures < MAX_AUTH_FAILURES:
+            return actions + self._negative(AUTH_FAILED)
+        return [*actions, TOO_MANY_FAILURES, *self._end(orderly=False)]
+
+
+if TYPE_CHECKING:
+    Exchange = Generator[bytes, bytes, bool]
+    Effect = Callable[[Session, bytes], list[Action]]
+    Condition = tuple[Callable[[Session], bool], Reply]
+
+_GREETED: Condition = (lambda s: s.name is not None, NO_GREETING)
+_AUTHENTICATED: Condition = (lambda s: s.authenticated, AUTH_REQUIRED)
+_NO_TRANSACTION: Condition = (lambda s: s.envelope is None, NESTED_MAIL)
+_TRANSACTION: Condition = (lambda s: s.envelope is not None, NO_SENDER)
+_AUTH_OFFERED: Condition = (lambda s: s._policy.credentials is not None, NOT_IMPLEMENTED)
+_AUTH_IS_NEW: Condition = (lambda s: not s.authenticated, ALREADY_AUTHENTICATED)
+_AUTH_ALONE: Condition = (lambda s: s.envelope is None, AUTH_IN_TRANSACTION)
+
+VERBS: Mapping[bytes, tuple[Effect, tuple[Condition, ...]]] = {
+    b"EHLO": (Session._ehlo, ()),
+    b"HELO": (Session._helo, ()),
+    b"AUTH": (Session._auth, (_AUTH_OFFERED, _GREETED, _AUTH_IS_NEW, _AUTH_ALONE)),
+    b"MAIL": (Session._mail, (_GREETED, _AUTHENTICATED, _NO_TRANSACTION)),
+    b"RCPT": (Session._rcpt, (_GREETED, _AUTHENTICATED, _TRANSACTION)),
+    b"DATA": (Session._start_data, (_GREETED, _AUTHENTICATED, _TRANSACTION)),
+    b"RSET": (Session._rset, ()),
+    b"NOOP": (Session._noop, ()),
+    b"HELP": (Session._help, ()),
+    b"VRFY": (Session._vrfy, ()),
+    b"EXPN": (Session._not_implemented, ()),
+    b"STARTTLS": (Session._not_implemented, ()),
+    b"QUIT": (Session._quit, ()),
+}
+
+
+# ---- Delivery --------------------------------------------------------------
+#
+# The text of --command is a shell command, but no address is ever parsed by
+# the shell: the recipients reach it as "$@" behind the text, and the first %F
+# becomes a reference to the variable MSMTPD_SENDER, quoted for where it stands.
+# A text without shell syntax runs without the shell, which means the same and
+# is three times as fast; make and Perl do likewise.
+#
+# The command runs in a session of its own with the spool as descriptor 0 and a
+# pipe to us as 1 and 2; no other descriptor, no ignored or blocked signal.
+# What its exit status means to the client is in judge().
+
+_NO_SHELL_SYNTAX = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789 \t./,:=+@%_-"
+
+EXIT_NAMES = {
+    64: "EX_USAGE",
+    65: "EX_DATAERR",
+    66: "EX_NOINPUT",
+    67: "EX_NOUSER",
+    68: "EX_NOHOST",
+    69: "EX_UNAVAILABLE",
+    70: "EX_SOFTWARE",
+    71: "EX_OSERR",
+    72: "EX_OSFILE",
+    73: "EX_CANTCREAT",
+    74: "EX_IOERR",
+    75: "EX_TEMPFAIL",
+    76: "EX_PROTOCOL",
+    77: "EX_NOPERM",
+    78: "EX_CONFIG",
+}
+TEMPORARY = frozenset((68, 69, 71, 75))
+
+
+class Command:
+    """The text of --command, made ready to run.
+
+    `reparsed` tells that %F stands in a quoted string with blanks, most likely
+    a script for another shell (sh -c '... %F ...').  The address becomes part
+    of its text then, so that only addresses without a meaning to a shell will
+    do: Policy.plain_senders.
+    """
+
+    __slots__ = ("_environment", "_program", "_script", "_words", "reparsed", "text")
+
+    def __init__(self, text: str, environment: Mapping[bytes, bytes]) -> None:
+        self.text = text
+        self._environment = dict(environment)
+        command = os.fsencode(text)
+        before, found, after = command.partition(b"%F")
+        quote, opened = open_quote(before)
+        self._script = b"%s%s%s" % (before, _REFERENCES[quote] if found else b"", after) + b' "$@"'
+        quoted = command[opened : len(before)] + after.partition(quote)[0] if quote else b""
+        self.reparsed = bool(found) and any(blank in quoted for blank in b" \t\n")
+        self._program: str | None = None
+        self._words = command.split()
+        if self._words and not command.translate(None, _NO_SHELL_SYNTAX) and b"=" not in self._words[0]:
+            self._program = find_program(os.fsdecode(self._words[0]))
+
+    def start(self, sender: bytes, recipients: Sequence[bytes], stdin: int, output: int) -> int:
+        """Start the command for one mail and return its process id.
+
+        It owns neither descriptor.  Raises OSError where it cannot be started.
+        """
+        sender = sender or b"MAILER-DAEMON"
+        environment = {**self._environment, b"MSMTPD_SENDER": sender}
+        actions = [(os.POSIX_SPAWN_DUP2, stdin, 0), (os.POSIX_SPAWN_DUP2, output, 1), (os.POSIX_SPAWN_DUP2, output, 2)]
+        if self._program is not None:
+            try:
+                return spawn(self._program, self._arguments(sender, recipients), environment, actions)
+            except OSError as error:
+                if error.errno != errno.ENOEXEC:  # a script without #! is for the shell
+                    raise
+        return spawn("/bin/sh", [b"sh", b"-c", self._script, b"sh", *recipients], environment, actions)
+
+    def _arguments(self, sender: bytes, recipients: Sequence[bytes]) -> list[bytes]:
+        arguments = self._words + list(recipients)
+        for index, word in enumerate(self._words):
+            if b"%F" in word:
+                arguments[index] = word.replace(b"%F", sender, 1)
+                break
+        return arguments
+
+
+# How %F reads where it stands bare, in '...' and in "...".
+_REFERENCES = {b"": b'"$MSMTPD_SENDER"', b"'": b"'\"$MSMTPD_SENDER\"'", b'"': b"${MSMTPD_SENDER}"}
+
+
+def open_quote(script: bytes) -> tuple[bytes, int]:
+    """Return the shell quote that is open at the end of `script`, and where it began."""
+    quote, opened, escaped = b"", 0, False
+    for index in range(len(script)):
+        character = script[index : index + 1]
+        if escaped:
+            escaped = False
+        elif character == b"\\" and quote != b"'":
+            escaped = True
+        elif quote:
+            quote = b"" if character == quote else quote
+        elif character in (b"'", b'"'):
+            quote, opened = character, index
+    return quote, opened
+
+
+def find_program(name: str) -> str | None:
+    """Find a program as execvp(3) would, but None where there is none."""
+    directories = [""] if "/" in name else os.get_exec_path()
+    for directory in directories:
+        path = os.path.join(directory, name)
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            return path
+    return None
+
+
+def spawn(
+    program: str, arguments: list[bytes], environment: Mapping[bytes, bytes], actions: list[tuple[int, int, int]]
+) -> int:
+    """Start a process in a session of its own, with all signals as they are by default."""
+    defaults = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
+    try:
+        return os.posix_spawn(
+            program, arguments, environment, file_actions=actions, setsid=True, setsigmask=(), setsigdef=defaults
+        )
+    except NotImplementedError:  # macOS and the BSDs know process groups only
+        return os.posix_spawn(
+            program, arguments, environment, file_actions=actions, setpgroup=0, setsigmask=(), setsigdef=defaults
+        )
+
+
+def judge(status: int) -> tuple[bytes, str]:
+    """Return reply code and explanation for an exit status, -n for signal n.
+
+    What is not the mail's fault is temporary: the client shall try again.
+    """
+    number = -status if status < 0 else status - 128
+    if status == 0:
+        return b"250 2.0.0", "Ok"
+    if status in (126, 127):
+        return b"451 4.3.5", f"Command could not be run (exit status {status})"
+    if status < 0 or 129 <= status <= 159:
+        return b"451 4.3.0", f"Command was ended by signal {number}"
+    name = f" ({EXIT_NAMES[status]})" if status in EXIT_NAMES else ""
+    if status in TEMPORARY:
+        return b"451 4.3.0", f"Command failed for now with exit status {status}{name}"
+    return b"554 5.3.0", f"Command failed with exit status {status}{name}"
+
+
+def failure_reply(code: bytes, text: str, output: bytes, utf8: bool) -> Reply:
+    """Return a reply that says what happened and what the command had to say about it.
+
+    `code` is the reply code and the enhanced one; the output's last lines are
+    cleaned to printable text, and to ASCII unless the client knows better.
+    """
+    lines = [text, *last_lines(output, utf8)]
+    first, rest = code[:3], code[4:]
+    room = MAX_REPLY_LINE - len(code) - 3
+    cut = [line.encode()[:room].decode(errors="ignore").encode() for line in lines]
+    parts = [b"%s-%s %s\r\n" % (first, rest, line) for line in cut[:-1]]
+    return b"".join(parts) + b"%s %s %s\r\n" % (first, rest, cut[-1])
+
+
+def last_lines(output: bytes, utf8: bool) -> list[str]:
+    """Return the last few lines of a command's output that are not blank, as printable text."""
+    lines = []
+    for line in output.decode(errors="replace").replace("\t", " ").splitlines():
+        text = "".join(c if c.isprintable() and (utf8 or c.isascii()) else "?" for c in line).strip()
+        if text:
+            lines.append(text)
+    return lines[-MAX_OUTPUT_LINES:]
+
+
+# ---- Log -------------------------------------------------------------------
+#
+# A line is written by one system call or not at all, and failing to write one
+# never disturbs a mail.  Text that comes from a client or a command goes
+# through printable(): nobody forges a line or an escape sequence.
+
+
+def printable(text: bytes) -> str:
+    """Escape to printable ASCII, and cut."""
+    escaped = text[:LOG_FIELD].decode("latin-1").encode("unicode_escape").decode("ascii")
+    return escaped[:LOG_FIELD] + "..." * (len(escaped) > LOG_FIELD or len(text) > LOG_FIELD)
+
+
+class Log:
+    """Where the log goes: a sink, or nowhere."""
+
+    __slots__ = ("_sink",)
+
+    def __init__(self, sink: Sink | None = None) -> None:
+        self._sink = sink
+
+    @property
+    def silent(self) -> bool:
+        return self._sink is None
+
+    def write(self, level: str, text: str) -> None:
+        """Log one line; `level` is info, warning or error."""
+        if self._sink is not None:
+            try:
+                self._sink.write(level, text)
+            except OSError:
+                pass  # a full disk is no reason to refuse mail
+
+    def reopen(self) -> None:
+        if isinstance(self._sink, FileSink):
+            try:
+                self._sink.open()
+            except OSError:
+                pass  # the old file goes on
+
+
+class SyslogSink:
+    """The system's log, facility mail."""
+
+    __slots__ = ("_priorities", "_syslog")
+
+    def __init__(self) -> None:
+        import syslog
+
+        syslog.openlog("msmtpd", syslog.LOG_PID, syslog.LOG_MAIL)
+        self._syslog = syslog.syslog
+        self._priorities = {"info": syslog.LOG_INFO, "warning": syslog.LOG_WARNING, "error": syslog.LOG_ERR}
+
+    def write(self, level: str, text: str) -> None:
+        self._syslog(self._priorities[level], text)
+
+
+class StreamSink:
+    """An open descriptor, such as standard error."""
+
+    __slots__ = ("descriptor",)
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def write(self, level: str, text: str) -> None:
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        os.write(self.descriptor, f"{now} msmtpd[{os.getpid()}] {level}: {text}\n".encode(errors="backslashreplace"))
+
+
+class FileSink:
+    """A file, which is opened anew when it has been moved away (log rotation)."""
+
+    __slots__ = ("_identity", "_path", "_stream")
+
+    def __init__(self, path: str) -> None:
+        self._path = os.path.abspath(path)
+        self._stream = StreamSink(-1)
+        self.open()
+
+    def open(self) -> None:
+        """Open the file (again).  Raises OSError, and keeps the one it had."""
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
+        if self._stream.descriptor >= 0:
+            os.close(self._stream.descriptor)
+        self._stream.descriptor = descriptor
+        self._identity = self._identify(os.fstat(descriptor))
+
+    @staticmethod
+    def _identify(status: os.stat_result) -> tuple[int, int]:
+        return status.st_dev, status.st_ino
+
+    def write(self, level: str, text: str) -> None:
+        try:
+            moved = self._identify(os.stat(self._path)) != self._identity
+        except OSError:
+            moved = True
+        if moved:
+            try:
+                self.open()
+            except OSError:
+                pass  # better in the moved file than nowhere
+        self._stream.write(level, text)
+
+
+if TYPE_CHECKING:
+
+    class Sink(Protocol):
+        def write(self, level: str, text: str) -> None: ...
+
+
+# ---- Event loop ------------------------------------------------------------
+#
+# One loop, no threads.  A task is what waits for descriptors and deadlines; the
+# loop calls its ready() and expire().  A task that has more to do than its
+# turn allows asks for another one and is resumed after everybody else.
+#
+# There is one timer, `_wake_at`: no task is due before it.  Deadlines mostly
+# move away, with every bit of progress, and cost nothing then: only when the
+# timer fires are all tasks asked when they are due.  A task whose deadline
+# comes nearer says so by schedule().
+#
+# An exception in a task ends that task, by its crash(), and nothing else.
+
+READ, WRITE = 1, 2  # as selectors.EVENT_READ and EVENT_WRITE
+NEVER = float("inf")
+
+if TYPE_CHECKING:
+
+    class Task(Protocol):
+        def ready(self, descriptor: int, events: int) -> None: ...
+        def resume(self) -> None: ...
+        def due(self) -> float: ...
+        def expire(self) -> None: ...
+        def crash(self) -> None: ...
+
+    class Selector(Protocol):
+        def register(self, fileobj: int, events: int) -> object: ...
+        def modify(self, fileobj: int, events: int) -> object: ...
+        def unregister(self, fileobj: int) -> object: ...
+        def select(self, timeout: float | None = None) -> Iterable[tuple[Key, int]]: ...
+
+    class Key(Protocol):
+        @property
+        def fd(self) -> int: ...
+
+
+class Loop:
+    """Watches descriptors and deadlines on behalf of tasks.
+
+    `now` is the clock's reading at the beginning of the turn, in seconds.
+    """
+
+    def __init__(self, selector: Selector, log: Log, clock: Callable[[], float] = time.monotonic) -> None:
+        self.now = clock()
+        self._selector = selector
+        self._log = log
+        self._clock = clock
+        self._watched: dict[int, tuple[Task, int]] = {}
+        self._restless: list[Task] = []
+        self._timed: set[Task] = set()
+        self._wake_at = NEVER
+
+    def watch(self, descriptor: int, events: int, task: Task) -> None:
+        """Call task.ready() whenever the descriptor is; `events` 0 for no longer."""
+        before = self._watched.get(descriptor, (task, 0))[1]
+        if events == before:
+            return
+        if not events:
+            del self._watched[descriptor]
+            self._selector.unregister(descriptor)
+            return
+        if before:
+            self._selector.modify(descriptor, events)
+        else:
+            self._selector.register(descriptor, events)
+        self._watched[descriptor] = task, events
+
+    def resume_later(self, task: Task) -> None:
+        """Call task.resume() in the next turn."""
+        self._restless.append(task)
+
+    def add_timed(self, task: Task) -> None:
+        """Call task.expire() once it is due, until remove_timed()."""
+        self._timed.add(task)
+        self.schedule(task.due())
+
+    def remove_timed(self, task: Task) -> None:
+        self._timed.discard(task)
+
+    def schedule(self, when: float) -> None:
+        """See to it that a task is not late that is due at `when`."""
+        self._wake_at = min(self._wake_at, when)
+
+    def turn(self) -> None:
+        """Wait for something to do and let everybody have a turn at it."""
+        timeout = None
+        if self._restless:
+            timeout = 0.0
+        elif self._wake_at != NEVER:
+            timeout = max(0.0, self._wake_at - self._clock())
+        events = self._selector.select(timeout)
+        self.now = self._clock()
+        restless, self._restless = self._restless, []
+        for key, mask in events:
+            if key.fd in self._watched:
+                task = self._watched[key.fd][0]
+                self.guard(task, task.ready, key.fd, mask)
+        for task in restless:
+            self.guard(task, task.resume)
+        if self.now >= self._wake_at:
+            self._expire()
+
+    def _expire(self) -> None:
+        for task in list(self._timed):
+            if task in self._timed and task.due() <= self.now:
+                self.guard(task, task.expire)
+        self._wake_at = min((task.due() for task in self._timed), default=NEVER)
+
+    def guard(self, task: Task, method: Callable[..., None], *arguments: int) -> None:
+        """Call a task's method; an exception is logged and ends only this task."""
+        try:
+            method(*arguments)
+        except Exception:
+            import traceback
+
+            for line in traceback.format_exc().splitlines():
+                self._log.write("error", line)
+            task.crash()
+
+
+# ---- Server ----------------------------------------------------------------
+#
+# Connection performs the actions of a Session on descriptors, Delivery runs
+# the command for a mail, Listener accepts, Signals turns signals into events.
+# They share one Server, which admits, counts and stops.
+#
+# Back-pressure is one rule: while a delivery or a pause is pending, or the
+# client does not take its replies, nothing is read from it.
+#
+# Children are waited for one by one, by their process id, whenever a signal
+# wakes us.  Every descriptor is close-on-exec.
+
+
+class Server:
+    """What the parts of one process share, and its life from start to stop."""
+
+    def __init__(self, loop: Loop, log: Log, policy: Policy, command: Command, throttle: Throttle) -> None:
+        self.loop = loop
+        self.log = log
+        self.policy = policy
+        self.command = command
+        self.throttle = throttle
+        self.connections: set[Connection] = set()
+        self.running: set[Delivery] = set()
+        self.waiting: list[Delivery] = []
+        self.stopping = False
+        self.mirror_output = False  # the command's output also goes to our standard error
+        self.max_sessions = MAX_SESSIONS
+        self._listeners: list[Listener] = []
+        self._sessions = 0  # begun so far
+        self._crowded = False  # from all sessions taken to half of them free
+        self._rest_until = NEVER  # while nothing is accepted because resources ran out
+        self._starved = False  # from then until a client could be accepted again
+        self._stop_at = NEVER
+        self._notify: Callable[[str], None] = lambda state: None
+        loop.add_timed(self)
+
+    # Sessions
+
+    def listen(self, sockets: Iterable[socket.socket], notify: Callable[[str], None]) -> None:
+        """Accept clients on listening sockets; `notify` gets systemd's state messages."""
+        self._listeners = [Listener(self, sock) for sock in sockets]
+        self._notify = notify
+        self._admit()
+        notify("READY=1")
+
+    def begin(self, reader: int, writer: int, sock: Socket | None, client: str) -> Connection:
+        """Begin a session on two descriptors, and their socket if it is one.
+
+        `client` is an IP address, or empty where there is none.
+        """
+        self._sessions += 1
+        connection = Connection(self, self._sessions, reader, writer, sock, client)
+        self.connections.add(connection)
+        if len(self.connections) >= self.max_sessions and not self._crowded:
+            self._crowded = True
+            self.loop.schedule(self.loop.now)  # deadlines are nearer now
+            self.log.write("warning", f"all {self.max_sessions} sessions are taken, further clients wait")
+        self._admit()
+        self.loop.add_timed(connection)
+        self.loop.guard(connection, connection.greet)
+        return connection
+
+    def ended(self, connection: Connection) -> None:
+        self.connections.discard(connection)
+        self.loop.remove_timed(connection)
+        if self._crowded and len(self.connections) <= self.max_sessions // 2:
+            self._crowded = False
+            self.log.write("info", "clients no longer wait for a session")
+        self._admit()
+
+    @property
+    def patience(self) -> float:
+        """How long a client may go without progress, in seconds."""
+        return CROWDED_TIMEOUT if self._crowded else IDLE_TIMEOUT
+
+    def _admit(self) -> None:
+        """Watch the listeners, or leave clients in the backlog."""
+        for listener in self._listeners:
+            listener.watch(self.admits)
+
+    @property
+    def admits(self) -> bool:
+        return len(self.connections) < self.max_sessions and self._rest_until == NEVER
+
+    def rest(self, error: OSError) -> None:
+        """Accept nothing for a moment: descriptors or memory have run out."""
+        if not self._starved:
+            self._starved = True
+            self.log.write("error", f"cannot accept clients for now: {error.strerror}")
+        self._rest_until = self.loop.now + RETRY_DELAY
+        self.loop.schedule(self._rest_until)
+        self._admit()
+
+    def recover(self) -> None:
+        if self._starved:
+            self._starved = False
+            self.log.write("info", "clients are accepted again")
+
+    # Deliveries
+
+    def submit(self, connection: Connection, mail: Deliver) -> None:
+        """Run the command for a mail as soon as fewer than MAX_COMMANDS are running."""
+        self.waiting.append(Delivery(self, connection, mail))
+        self._start_waiting()
+
+    def _start_waiting(self) -> None:
+        while self.waiting and len(self.running) < MAX_COMMANDS:
+            delivery = self.waiting.pop(0)
+            self.running.add(delivery)
+            self.loop.guard(delivery, delivery.start)
+
+    def mirror(self, output: bytes) -> None:
+        """Pass on what a command prints, where nobody would see it else."""
+        if self.mirror_output:
+            try:
+                os.write(2, output)
+            except OSError:
+                pass
+
+    def finished(self, delivery: Delivery) -> None:
+        self.running.discard(delivery)
+        self._start_waiting()
+
+    def reap(self) -> None:
+        """Look which commands have exited."""
+        for delivery in list(self.running):
+            self.loop.guard(delivery, delivery.reap)
+
+    # Start and stop
+
+    def run(self) -> None:
+        """Serve until there is nothing left: no listener, no session, no command."""
+        while self._listeners or self.connections or self.running:
+            self.loop.turn()
+
+    def stop(self) -> None:
+        """Finish what is under way and accept nothing more; a second call ends at once."""
+        if self.stopping:
+            self.log.write("warning", "second signal, ending at once")
+            raise SystemExit(1)
+        self.stopping = True
+        self._stop_at = self.loop.now + STOP_TIMEOUT
+        self.loop.schedule(self._stop_at)
+        self._notify("STOPPING=1")
+        self.log.write("info", f"stopping, {len(self.connections)} sessions and {len(self.running)} commands to finish")
+        for listener in self._listeners:
+            listener.close()
+        self._listeners = []
+        for connection in list(self.connections):
+            self.loop.guard(connection, connection.resume)
+
+    # As a task of the loop: the ends of a rest and of a stop
+
+    def due(self) -> float:
+        return min(self._stop_at, self._rest_until)
+
+    def expire(self) -> None:
+        if self.loop.now >= self._rest_until:
+            self._rest_until = NEVER
+            self._admit()
+        if self.loop.now >= self._stop_at:
+            self._stop_at = NEVER
+            for connection in list(self.connections):
+                self.loop.guard(connection, connection.dismiss)
+
+    def ready(self, descriptor: int, events: int) -> None: ...
+    def resume(self) -> None: ...
+    def crash(self) -> None: ...
+
+
+if TYPE_CHECKING:
+
+    class Socket(Protocol):
+        """What Connection needs of socket.socket and _socket.socket."""
+
+        def getsockname(self) -> Any: ...
+        def shutdown(self, how: int, /) -> None: ...
+        def close(self) -> None: ...
+
+
+SHUT_WR = 1  # socket.SHUT_WR, without the import
+
+
+class Phase:
+    """Where a connection is in its life."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+OPEN = Phase("open")  # reading commands or data, answering them
+PAUSED = Phase("paused")  # the throttle holds back an outcome
+DELIVERING = Phase("delivering")  # a delivery waits or runs
+CLOSING = Phase("closing")  # the last replies are being written
+DRAINING = Phase("draining")  # they are; what the client still sends is dropped
+CLOSED = Phase("closed")  # descriptors are closed
+
+
+class Connection:
+    """Performs the actions of a Session on two descriptors, which may be one socket."""
+
+    __slots__ = (
+        "_actions",
+        "_client",
+        "_deadline",
+        "_eof",
+        "_number",
+        "_output",
+        "_phase",
+        "_progress",
+        "_reader",
+        "_server",
+        "_session",
+        "_sock",
+        "_writer",
+        "orderly",
+    )
+
+    def __init__(
+        self, server: Server, number: int, reader: int, writer: int, sock: Socket | None, client: str
+    ) -> None:
+        self._server = server
+        self._number = number
+        self._reader = reader
+        self._writer = writer
+        self._sock = sock
+        self._client = client
+        self._session = Session(server.policy, self._open_spool)
+        self._phase = OPEN
+        self._actions: list[Action] = []  # not yet performed
+        self._output = bytearray()  # not yet written
+        self._eof = False
+        self._progress = server.loop.now  # when there was some, while OPEN
+        self._deadline = NEVER  # in the other phases
+        self.orderly = False  # ended by QUIT or EOF between mails
+
+    def log(self, level: str, text: str) -> None:
+        self._server.log.write(level, f"session {self._number} [{self._client or 'local'}]: {text}")
+
+    @property
+    def gone(self) -> bool:
+        return self._phase is CLOSED
+
+    def _open_spool(self, name: bytes, protocol: str) -> Spool:
+        address = self._sock.getsockname() if self._sock else ()
+        server = address[0] if isinstance(address, tuple) and address else ""
+        spool = Spool()
+        spool.write(received_field(name, self._client, server, protocol, time.time()))
+        return spool
+
+    # Input
+
+    def ready(self, descriptor: int, events: int) -> None:
+        if self._phase is DRAINING:
+            self._drain()
+        elif events & READ and self._wants_input():
+            self._receive()
+        else:
+            self._go_on()
+
+    def _wants_input(self) -> bool:
+        return self._phase is OPEN and not self._eof and len(self._output) <= OUTPUT_BUFFER
+
+    def _receive(self) -> None:
+        try:
+            data = os.read(self._reader, RECEIVE_SIZE)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._abandon()
+            return
+        self._eof = not data
+        if self._session.reading_data:
+            earned = self._progress + len(data) * DATA_SECONDS_PER_OCTET
+            self._progress = min(self._server.loop.now, earned)
+        self._session.receive(data)
+        self._go_on()
+
+    # Actions
+
+    def greet(self) -> None:
+        self._output += GREETING
+        self._go_on()
+
+    def resume(self) -> None:
+        if self._phase is not CLOSED:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Perform what the session wants until it needs input, must wait, or its turn is over."""
+        for _ in range(TURN_STEPS):
+            if self._phase is not OPEN or len(self._output) > OUTPUT_BUFFER:
+                break
+            if not self._actions:
+                self._actions = self._next_actions()
+            if not self._actions:
+                break
+            self._perform(self._actions.pop(0))
+        else:
+            self._server.loop.resume_later(self)
+        self._flush()
+        self._watch()
+
+    def _next_actions(self) -> list[Action]:
+        idle = not self._session.in_transaction
+        if self._server.stopping and idle:
+            return [SHUTTING_DOWN, Close(orderly=False)]
+        actions = self._session.step()
+        if actions:
+            self._progress = self._server.loop.now
+        elif self._eof:
+            if not idle:
+                self.log("warning", "client left in the middle of a mail")
+            return [Close(orderly=idle)]
+        return actions
+
+    def _perform(self, action: Action) -> None:
+        if isinstance(action, bytes):
+            self._output += action
+        elif isinstance(action, Deliver):
+            self._phase = DELIVERING
+            self._server.submit(self, action)
+        elif isinstance(action, Pause):
+            delay = self._server.throttle.delay(self._server.loop.now, action.failed)
+            if delay:
+                self._phase = PAUSED
+                self._wait(delay)
+        elif isinstance(action, Note):
+            self.log(action.level, action.text)
+        else:
+            self._close(action.orderly)
+
+    def _wait(self, delay: float) -> None:
+        self._deadline = self._server.loop.now + delay
+        self._server.loop.schedule(self._deadline)
+
+    def delivered(self, reply: Reply) -> None:
+        """Take the outcome of the session's delivery; its client may have gone."""
+        if self._phase is DELIVERING:
+            self._phase = OPEN
+            self._progress = self._server.loop.now
+            self._actions = self._session.delivered(reply)
+            self._go_on()
+
+    # Output
+
+    def _flush(self) -> None:
+        while self._output:
+            try:
+                written = os.write(self._writer, self._output)
+            except BlockingIOError:
+                return
+            except OSError:
+                self._abandon()
+                return
+            del self._output[:written]
+        if self._phase is CLOSING:
+            self._shut_down()
+
+    def _watch(self) -> None:
+        """Tell the loop what we wait for.
+
+        A connection that only waits for its delivery stays as it is: most
+        clients are silent now, and two system calls a mail are saved.  One
+        that is not is taken out when its input shows.
+        """
+        if self._phase is CLOSED:
+            return
+        reading = READ * (self._phase is DRAINING or self._wants_input())
+        writing = WRITE * bool(self._output)
+        if self._reader == self._writer:
+            self._server.loop.watch(self._reader, reading | writing, self)
+        else:
+            self._server.loop.watch(self._reader, reading, self)
+            self._server.loop.watch(self._writer, writing, self)
+
+    # Time
+
+    def due(self) -> float:
+        if self._phase is OPEN:
+            return self._progress + self._server.patience
+        return self._deadline
+
+    def expire(self) -> None:
+        if self._phase is OPEN:
+            self.log("warning" if self._session.in_transaction else "info", "client timed out")
+            self._say_goodbye(TIMED_OUT)
+        elif self._phase is PAUSED:
+            self._phase = OPEN
+            self._go_on()
+        else:
+            self._forget()
+
+    # The end
+
+    def dismiss(self) -> None:
+        """End a session that did not come to an end after the server's stop."""
+        if self._phase is OPEN or self._phase is PAUSED:
+            self._say_goodbye(SHUTTING_DOWN)
+
+    def crash(self) -> None:
+        if self._phase is not CLOSED:
+            self._say_goodbye(INTERNAL_ERROR)
+
+    def _say_goodbye(self, reply: Reply) -> None:
+        self._output += reply
+        self._close(orderly=False)
+        self._flush()
+        self._watch()
+
+    def _close(self, orderly: bool) -> None:
+        self.orderly = orderly
+        self._session.close()
+        self._phase = CLOSING
+        self._wait(LINGER_TIMEOUT)
+
+    def _shut_down(self) -> None:
+        """End our direction, and wait for the client's end.
+
+        If we closed while input is unread, the kernel would reset the
+        connection and the client might never see our last reply.
+        """
+        if self._sock is None or self._eof:
+            self._forget()
+            return
+        try:
+            self._sock.shutdown(SHUT_WR)
+        except OSError:
+            self._forget()
+            return
+        self._phase = DRAINING
+
+    def _drain(self) -> None:
+        try:
+            if os.read(self._reader, RECEIVE_SIZE):
+                return
+        except BlockingIOError:
+            return
+        except OSError:
+            pass
+        self._forget()
+
+    def _abandon(self) -> None:
+        """Forget a client that has vanished; its delivery, if there is one, goes on."""
+        if self._session.in_transaction and self._phase is OPEN:
+            self.log("warning", "client vanished in the middle of a mail")
+        self._forget()
+
+    def _forget(self) -> None:
+        if self._phase is CLOSED:
+            return
+        self._phase = CLOSED
+        self._session.close()
+        self._server.loop.watch(self._reader, 0, self)
+        self._server.loop.watch(self._writer, 0, self)
+        if self._sock is not None:
+            self._sock.close()
+        self._server.ended(self)
+
+
+class Delivery:
+    """Runs the command for one mail: from its place in the queue to the reply."""
+
+    __slots__ = ("_connection", "_deadline", "_mail", "_output", "_pid", "_received", "_server", "_tail", "_timed_out")
+
+    def __init__(self, server: Server, connection: Connection, mail: Deliver) -> None:
+        self._server = server
+        self._connection = connection
+        self._mail = mail
+        self._received = server.loop.now
+        self._pid = 0  # until it runs
+        self._output = -1  # where the command's output comes in, while it is open
+        self._tail = b""  # of that output
+        self._deadline = NEVER
+        self._timed_out = False
+
+    # The process
+
+    def start(self) -> None:
+        loop = self._server.loop
+        try:
+            self._spawn()
+        except OSError as error:
+            self._tail = os.fsencode(error.strerror or "")
+            loop.resume_later(self)  # for the reply, as if it had exited at once
+            return
+        finally:
+            self._mail.spool.close()
+        loop.watch(self._output, READ, self)
+        self._deadline = loop.now + COMMAND_TIMEOUT
+        loop.add_timed(self)
+
+    def _spawn(self) -> None:
+        envelope = self._mail.envelope
+        stdin = self._mail.spool.open()
+        try:
+            reader, writer = os.pipe()
+            try:
+                self._pid = self._server.command.start(envelope.sender, envelope.recipients, stdin, writer)
+            except OSError:
+                os.close(reader)
+                raise
+            finally:
+                os.close(writer)
+        finally:
+            os.close(stdin)
+        os.set_blocking(reader, False)
+        self._output = reader
+
+    def resume(self) -> None:
+        self._finish(b"451 4.3.0", "Command could not be started")
+
+    def ready(self, descriptor: int, events: int) -> None:
+        self._read_output()
+
+    def _read_output(self) -> None:
+        """Keep the tail of what the command prints."""
+        if self._output < 0:
+            return
+        try:
+            data = os.read(self._output, RECEIVE_SIZE)
+        except BlockingIOError:
+            return
+        if data:
+            self._tail = (self._tail + data)[-OUTPUT_TAIL:]
+            self._server.mirror(data)
+        else:
+            self._close_output()
+
+    def _close_output(self) -> None:
+        if self._output >= 0:
+            self._server.loop.watch(self._output, 0, self)
+            os.close(self._output)
+            self._output = -1
+
+    def due(self) -> float:
+        return self._deadline
+
+    def expire(self) -> None:
+        """End a command that takes too long, with all that it has started."""
+        self._kill(signal.SIGKILL if self._timed_out else signal.SIGTERM)
+        self._timed_out = True
+        self._deadline = self._server.loop.now + KILL_DELAY
+
+    def _kill(self, number: int) -> None:
+        try:
+            os.killpg(self._pid, number)
+        except OSError:
+            pass  # it has just ended
+
+    def reap(self) -> None:
+        """Finish if the command has exited.
+
+        What it printed is in the pipe by now; a process that it left behind
+        may hold the other end open and is not waited for.
+        """
+        if not self._pid:
+            return
+        pid, status = os.waitpid(self._pid, os.WNOHANG)
+        if not pid:
+            return
+        self._read_output()
+        if self._timed_out:
+            self._kill(signal.SIGKILL)
+            self._finish(b"451 4.3.0", f"Command took longer than {COMMAND_TIMEOUT:.0f} seconds")
+        else:
+            self._finish(*judge(os.waitstatus_to_exitcode(status)))
+
+    # The outcome
+
+    def _finish(self, code: bytes, text: str) -> None:
+        if code[:1] == b"2":
+            reply = DELIVERED
+        else:
+            reply = failure_reply(code, text, self._tail, self._mail.envelope.utf8)
+        if not self._server.log.silent:
+            self._log(reply, text)
+        self._release()
+        self._connection.delivered(reply)
+
+    def _log(self, reply: Reply, text: str) -> None:
+        failed = reply[:1] != b"2"
+        envelope = self._mail.envelope
+        recipients = printable(b",".join(b"<%s>" % recipient for recipient in envelope.recipients))
+        self._connection.log(
+            "error" if failed else "info",
+            f"mail from=<{printable(envelope.sender)}> to={recipients} count={len(envelope.recipients)}"
+            f" size={self._mail.size} reply={reply[:3].decode()} seconds={self._server.loop.now - self._received:.3f}"
+            f" result={text}{', but the client has gone' * self._connection.gone}",
+        )
+        if failed:
+            for line in self._tail.splitlines()[-MAX_OUTPUT_LINES:]:
+                self._connection.log("error", "command said: " + printable(line))
+
+    def _release(self) -> None:
+        self._close_output()
+        self._server.loop.remove_timed(self)
+        self._server.finished(self)
+
+    def crash(self) -> None:
+        self._release()
+        self._connection.crash()
+
+
+class Listener:
+    """A listening socket."""
+
+    __slots__ = ("_server", "_sock")
+
+    def __init__(self, server: Server, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._server = server
+        self._sock = sock
+
+    def watch(self, wanted: bool) -> None:
+        self._server.loop.watch(self._sock.fileno(), READ * wanted, self)
+
+    def ready(self, descriptor: int, events: int) -> None:
+        while self._server.admits:
+            try:
+                sock, address = self._sock.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+                    self._server.rest(error)
+                return  # or the client has gone already
+            self._server.recover()
+            sock.setblocking(False)
+            client = address[0] if isinstance(address, tuple) else ""
+            self._server.begin(sock.fileno(), sock.fileno(), sock, client)
+
+    def close(self) -> None:
+        self.watch(False)
+        self._sock.close()
+
+    def due(self) -> float:
+        return NEVER
+
+    def resume(self) -> None: ...
+    def expire(self) -> None: ...
+    def crash(self) -> None: ...
+
+
+class Signals:
+    """Turns signals into events of the loop, through a pipe that Python writes them to."""
+
+    __slots__ = ("_reader", "_server")
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._reader, writer = os.pipe()
+        for end in (self._reader, writer):
+            os.set_blocking(end, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda number, frame: None)
+        server.loop.watch(self._reader, READ, self)
+
+    def ready(self, descriptor: int, events: int) -> None:
+        try:
+            numbers = os.read(self._reader, 4096)
+        except BlockingIOError:
+            return
+        self._server.reap()
+        if signal.SIGHUP in numbers:
+            self._server.log.reopen()
+        for number in numbers:
+            if number in (signal.SIGTERM, signal.SIGINT):
+                self._server.stop()
+
+    def due(self) -> float:
+        return NEVER
+
+    def resume(self) -> None: ...
+    def expire(self) -> None: ...
+    def crash(self) -> None: ...
+
+
+# ---- Inetd -----------------------------------------------------------------
+#
+# The same Server without listeners, and one Connection on descriptors 0 and 1:
+# a socket, two pipes, a terminal or a regular file.  Classic inetd puts the
+# socket on descriptor 2 as well, where nothing but SMTP may ever be written;
+# main() has seen to that before anything else.
+
+
+class Ready:
+    """A descriptor on which something can be done, as selectors would say it."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+
+class SmallSelector:
+    """selectors.SelectSelector for a handful of descriptors, at a third of the start-up.
+
+    epoll would refuse regular files.
+    """
+
+    def __init__(self) -> None:
+        import select
+
+        self._select = select.select
+        self._events: dict[int, int] = {}
+
+    def register(self, fileobj: int, events: int) -> None:
+        self._events[fileobj] = events
+
+    modify = register
+
+    def unregister(self, fileobj: int) -> None:
+        del self._events[fileobj]
+
+    def select(self, timeout: float | None = None) -> list[tuple[Key, int]]:
+        readers = [fd for fd, events in self._events.items() if events & READ]
+        writers = [fd for fd, events in self._events.items() if events & WRITE]
+        readable, writable, _ = self._select(readers, writers, [], timeout)
+        ready: list[tuple[Key, int]] = [(Ready(fd), READ) for fd in readable]
+        return ready + [(Ready(fd), WRITE) for fd in writable]
+
+
+def serve_inetd(server: Server) -> int:
+    """Serve one session on descriptors 0 and 1 and return the exit status."""
+    sock, client = standard_socket()
+    blocking = [os.get_blocking(descriptor) for descriptor in (0, 1)]
+    try:
+        for descriptor in (0, 1):
+            os.set_blocking(descriptor, False)
+        connection = server.begin(0, 1, sock, client)
+        server.run()
+    finally:
+        # They may be somebody else's terminal or file too.
+        for descriptor in (0, 1):
+            if descriptor or sock is None:
+                os.set_blocking(descriptor, blocking[descriptor])
+    return 0 if connection.orderly else 1
+
+
+def standard_socket() -> tuple[Socket | None, str]:
+    """Return descriptor 0 as a socket, if it is one, and the client's address."""
+    from _socket import socket  # all that is needed here; the full module takes 10 ms
+
+    try:
+        sock = socket(fileno=0)
+        address = sock.getpeername()
+    except OSError:
+        return None, ""
+    return sock, address[0] if isinstance(address, tuple) else ""
+
+
+# ---- Passwords -------------------------------------------------------------
+#
+# From the command given with --auth, else from the key ring, else from a
+# prompt if there is a terminal.  Whatever fails ends the start-up with one
+# line.  In inetd mode nothing may touch descriptors 0 and 1, nor wait for a
+# person.
+
+
+class StartupError(Exception):
+    """Something that keeps msmtpd from starting, in one line that says what to do."""
+
+
+def get_password(user: str, command: str, inetd: bool) -> bytes:
+    """Return the password for --auth=user,command or --auth=user.  Raises StartupError."""
+    if command:
+        return password_from_command(command, inetd)
+    password = password_from_key_ring(user)
+    if not password and not inetd:
+        password = password_from_prompt(user)
+    if not password:
+        raise StartupError(
+            f"no password for {user} in the key ring and no terminal to ask for it; use --auth={user},command"
+        )
+    return password
+
+
+def password_from_command(command: str, inetd: bool) -> bytes:
+    import subprocess
+
+    stdin = subprocess.DEVNULL if inetd else None
+    result = subprocess.run(command, shell=True, stdin=stdin, stdout=subprocess.PIPE, check=False)
+    if result.returncode:
+        raise StartupError(f"the password command of --auth failed with exit status {result.returncode}: {command}")
+    password = first_line(result.stdout)
+    if not password:
+        raise StartupError(f"the password command of --auth printed no password: {command}")
+    return password
+
+
+def first_line(output: bytes) -> bytes:
+    return output.partition(b"\n")[0].rstrip(b"\r")
+
+
+def password_from_key_ring(user: str) -> bytes:
+    """Look where the manual page tells to store it; b"" where there is none or no key ring."""
+    import subprocess
+
+    query = ["secret-tool", "lookup", "host", "localhost", "service", "smtp", "user", user]
+    if sys.platform == "darwin":
+        query = ["security", "find-internet-password", "-s", "localhost", "-r", "smtp", "-a", user, "-w"]
+    try:
+        result = subprocess.run(
+            query,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=KEY_RING_TIMEOUT,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return b""
+    return b"" if result.returncode else first_line(result.stdout)
+
+
+def password_from_prompt(user: str) -> bytes:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR))
+    except OSError:
+        return b""
+    import getpass
+
+    try:
+        return os.fsencode(getpass.getpass(f"Password for {user} at msmtpd: "))
+    except (EOFError, KeyboardInterrupt):
+        raise StartupError("no password given") from None
+
+
+# ---- Command line ----------------------------------------------------------
+#
+# Options as getopt_long(3) takes them: --port 2500, --port=2500, --po 2500.
+# Every error is one line on standard error that says what to do, and exit
+# status 3.  argparse and getopt are not used: importing them takes longer than
+# all the rest of the start-up.
+
+EXIT_STARTUP = 3
+DEFAULT_COMMAND = "msmtp -f %F --"
+DEFAULT_INTERFACE = "127.0.0.1"
+DEFAULT_PORT = 25
+
+HELP_TEXT = f"""\
+Usage: msmtpd [option...]
+A minimal SMTP server that pipes each mail to a command.
+
+  --version               print the version and exit
+  --help                  print this help and exit
+  --inetd                 serve one SMTP session on standard input and output
+  --interface=ip          listen on this IPv4 or IPv6 address (default
+                          {DEFAULT_INTERFACE}); may be given several times
+  --port=number           listen on this port (default {DEFAULT_PORT})
+  --log=none|syslog|stderr|file
+                          where to log to (default none)
+  --command=cmd           pipe mails to this command (default {DEFAULT_COMMAND}):
+                          %F becomes the sender, the recipients are appended;
+                          end it with --
+  --auth=user[,passwordeval]
+                          require authentication; the password is the output
+                          of the passwordeval command, or else comes from the
+                          key ring or a prompt
+  --max-size=bytes        refuse bigger mails (default {MAX_MAIL_SIZE})
+
+For a first try, as anybody, with mails going to a file:
+  msmtpd --port=2500 --command='cat >> mails; : %F'
+The manual page msmtpd(1) tells the rest.
+"""
+
+OPTIONS = {  # whether it takes an argument
+    "version": False,
+    "help": False,
+    "inetd": False,
+    "interface": True,
+    "port": True,
+    "log": True,
+    "command": True,
+    "auth": True,
+    "max-size": True,
+}
+
+
+class Options:
+    """The command line, read and checked."""
+
+    __slots__ = ("auth", "command", "inetd", "interfaces", "log", "max_size", "port")
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self.inetd = False
+        self.interfaces: list[str] = []
+        self.port = DEFAULT_PORT
+        self.log = "none"
+        self.command = DEFAULT_COMMAND
+        self.auth = ""
+        self.max_size = MAX_MAIL_SIZE
+        for name, value in parse_options(arguments):
+            if name == "version":
+                print_and_exit(f"msmtpd {__version__}\n")
+            elif name == "help":
+                print_and_exit(HELP_TEXT)
+            elif name == "inetd":
+                self.inetd = True
+            elif name == "interface":
+                self.interfaces.append(value)
+            elif name == "port":
+                self.port = parse_number(name, value, 65535)
+            elif name == "max-size":
+                self.max_size = parse_number(name, value, 2**63 - 1)
+            else:
+                setattr(self, name, value)
+        if not self.interfaces:
+            self.interfaces = [DEFAULT_INTERFACE]
+        if self.auth.startswith(",") or self.auth.endswith(","):
+            raise StartupError("--auth needs a user name, and a command behind a comma; see --help")
+
+
+def parse_options(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """Split the command line into pairs of option and argument.  Raises StartupError."""
+    options = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if word == "--" and not rest:
+            break
+        if not word.startswith("--") or word == "--":
+            raise StartupError(f"unexpected argument {word!a}; see --help")
+        given, equals, value = word[2:].partition("=")
+        name = complete_option(given)
+        if not OPTIONS[name]:
+            if equals:
+                raise StartupError(f"option --{name} takes no argument; see --help")
+        elif not equals and rest:
+            value = rest.pop(0)
+        if OPTIONS[name] and not value:
+            raise StartupError(f"option --{name} needs an argument; see --help")
+        options.append((name, value))
+    return options
+
+
+def complete_option(given: str) -> str:
+    """Return the option that is meant by its name or an unambiguous beginning of it."""
+    if given in OPTIONS:
+        return given
+    candidates = [name for name in OPTIONS if given and name.startswith(given)]
+    if len(candidates) == 1:
+        return candidates[0]
+    if candidates:
+        raise StartupError(f"option --{given} is ambiguous: " + ", ".join("--" + name for name in candidates))
+    raise StartupError(f"unknown option {'--' + given!a}; see --help")
+
+
+def parse_number(name: str, value: str, highest: int) -> int:
+    if not (value.isascii() and value.isdigit() and len(value) < 20 and 1 <= int(value) <= highest):
+        raise StartupError(f"option --{name} needs a number from 1 to {highest}, not {value!a}")
+    return int(value)
+
+
+def print_and_exit(text: str) -> NoReturn:
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        raise StartupError(f"cannot write to standard output: {error.strerror}") from None
+    raise SystemExit(0)
+
+
+def open_log(target: str, inetd: bool) -> Log:
+    """Open the log; a file that cannot be opened is replaced by syslog, as the manual says."""
+    if target == "none":
+        return Log()
+    if target == "syslog":
+        return Log(SyslogSink())
+    if target == "stderr":
+        return Log(StreamSink(2))
+    try:
+        return Log(FileSink(target))
+    except OSError as error:
+        text = f"cannot open log file {target!a}: {error.strerror}; logging to syslog"
+        log = Log(SyslogSink())
+        log.write("error", text)
+        if not inetd:
+            complain(text)
+        return log
+
+
+def complain(text: str) -> None:
+    try:
+        os.write(2, f"msmtpd: {text}\n".encode(errors="backslashreplace"))
+    except OSError:
+        pass
+
+
+# Start-up
+
+
+def protect_descriptors() -> bool:
+    """Give every descriptor its place; return whether standard error can be written to.
+
+    0 to 2 shall be open, so that no file of ours becomes one of them.  Others
+    that we have inherited are none of the command's business.  In inetd mode 2
+    may be the client's socket: nobody may write there, neither we nor Python.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    try:
+        inherited = [int(name) for name in os.listdir("/dev/fd")]
+    except OSError:
+        inherited = list(range(256))
+    for descriptor in inherited:
+        if descriptor > 2:
+            try:
+                os.set_inheritable(descriptor, False)
+            except OSError:
+                pass  # listdir's own, closed by now
+    if not os.isatty(2) and os.path.sameopenfile(0, 2):
+        descriptor = os.open(os.devnull, os.O_RDWR)
+        os.dup2(descriptor, 2)
+        os.close(descriptor)
+        return False
+    return True
+
+
+def listening_sockets(options: Options) -> list[socket.socket]:
+    """Return the sockets that systemd has passed, else those that the options name."""
+    return passed_sockets() or [listening_socket(host, options.port) for host in options.interfaces]
+
+
+def passed_sockets() -> list[socket.socket]:
+    """Take over what sd_listen_fds(3) describes."""
+    import socket
+
+    count = os.environ.pop("LISTEN_FDS", "")
+    process = os.environ.pop("LISTEN_PID", "")
+    os.environ.pop("LISTEN_FDNAMES", None)
+    if process != str(os.getpid()) or not count.isdigit():
+        return []
+    sockets = []
+    for descriptor in range(3, 3 + int(count)):
+        try:
+            sock = socket.socket(fileno=descriptor)
+            listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        except OSError as error:
+            raise StartupError(f"descriptor {descriptor} from LISTEN_FDS is no socket: {error.strerror}") from None
+        if not listening:
+            raise StartupError(f"socket {descriptor} from LISTEN_FDS does not listen; with Accept=yes use --inetd")
+        sockets.append(sock)
+    return sockets
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    import socket
+
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST | socket.AI_PASSIVE
+        )[0]
+    except (OSError, UnicodeError):
+        raise StartupError(f"option --interface needs an IPv4 or IPv6 address, not {host!a}") from None
+    sock = socket.socket(family, kind, protocol)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # clients' sockets inherit it
+    try:
+        sock.bind(address)
+        sock.listen(BACKLOG)
+    except OSError as error:
+        cures = {
+            errno.EADDRINUSE: "; another server is there already, try another --port",
+            errno.EACCES: "; below 1024 it takes root or CAP_NET_BIND_SERVICE, try --port=2500",
+            errno.EADDRNOTAVAIL: "; this machine has no such address, see --interface",
+        }
+        cure = cures.get(error.errno or 0, "")
+        raise StartupError(f"cannot listen on {host} port {port}: {error.strerror}{cure}") from None
+    return sock
+
+
+def describe(sock: socket.socket) -> str:
+    name = sock.getsockname()
+    return f"{name[0]} port {name[1]}" if isinstance(name, tuple) else os.fsdecode(name) or "a socket"
+
+
+def is_local(sock: socket.socket) -> bool:
+    name = sock.getsockname()
+    return not isinstance(name, tuple) or name[0].startswith("127.") or name[0] == "::1"
+
+
+def notify_systemd(state: str) -> None:
+    """Tell the service manager, as sd_notify(3) does."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if path:
+        import socket
+
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            try:
+                sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
+            except OSError:
+                pass  # it is of no use to fail now
+
+
+def warn_if_exposed(sockets: Iterable[socket.socket], options: Options, log: Log) -> None:
+    outside = ", ".join(describe(sock) for sock in sockets if not is_local(sock))
+    if outside:
+        danger = "passwords cross the network in the clear" if options.auth else "anybody there can send mail"
+        text = f"listening on {outside}, which is not only this machine: {danger}"
+        log.write("warning", text)
+        if options.log != "stderr":
+            complain("warning: " + text)
+
+
+def serve_daemon(server: Server, options: Options) -> int:
+    sockets = listening_sockets(options)
+    where = ", ".join(describe(sock) for sock in sockets)
+    user = "authentication as " + options.auth.partition(",")[0] if options.auth else "no authentication"
+    server.log.write("info", f"msmtpd {__version__} on {where}, {user}, command: {options.command}")
+    warn_if_exposed(sockets, options, server.log)
+    server.mirror_output = server.log.silent
+    server.listen(sockets, notify_systemd)
+    server.run()
+    server.log.write("info", "stopped")
+    return 0
+
+
+def command_environment() -> dict[bytes, bytes]:
+    """Return our environment without what systemd meant for us alone."""
+    ours = (b"LISTEN_FDS", b"LISTEN_PID", b"LISTEN_FDNAMES", b"NOTIFY_SOCKET")
+    return {name: value for name, value in os.environb.items() if name not in ours}
+
+
+def build_server(options: Options) -> Server:
+    log = open_log(options.log, options.inetd)
+    user, _, password_command = options.auth.partition(",")
+    credentials = None
+    if user:
+        credentials = Credentials(user, get_password(user, password_command, options.inetd))
+    command = Command(options.command, command_environment())
+    policy = Policy(options.max_size, credentials, plain_senders=command.reparsed)
+    if options.inetd:
+        selector: Selector = SmallSelector()
+    else:
+        import selectors
+
+        selector = selectors.DefaultSelector()
+    server = Server(Loop(selector, log), log, policy, command, Throttle(always=options.inetd))
+    Signals(server)
+    return server
+
+
+def main() -> int:
+    """Run msmtpd with the options in sys.argv and return its exit status."""
+    audible = protect_descriptors()
+    try:
+        options = Options(sys.argv[1:])
+        server = build_server(options)
+        return serve_inetd(server) if options.inetd else serve_daemon(server, options)
+    except StartupError as error:
+        if audible:
+            complain(str(error))
+        else:
+            Log(SyslogSink()).write("error", str(error))
+        return EXIT_STARTUP
+
+
+if __name__ == "__main__":
+    sys.exit(main())
