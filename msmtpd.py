@@ -496,7 +496,7 @@ def auth_cram_md5(credentials: Credentials) -> Exchange:
     """CRAM-MD5, RFC 2195."""
     import hmac
 
-    challenge = b"<%s.%d@localhost>" % (binascii.hexlify(os.urandom(16)), time.time())
+    challenge = b"<%s.%d@localhost>" % (fresh_nonce(), time.time())
     user, _, digest = (yield challenge).rpartition(b" ")
     expected = hmac.new(credentials.password, challenge, "md5").hexdigest().encode()
     return bool(equal(user, credentials.user) & equal(digest.lower(), expected))
@@ -512,13 +512,11 @@ def auth_scram_sha_256(credentials: Credentials) -> Exchange:
 
     header, first_bare, user, nonce = scram_client_first((yield b""))
     salt, salted = credentials.scram()
-    nonce += binascii.b2a_base64(os.urandom(18), newline=False)
-    salt64 = binascii.b2a_base64(salt, newline=False)
-    server_first = b"r=%s,s=%s,i=%d" % (nonce, salt64, SCRAM_ITERATIONS)
+    nonce += fresh_nonce()
+    server_first = b"r=%s,s=%s,i=%d" % (nonce, encode_base64(salt), SCRAM_ITERATIONS)
 
     bare, separator, proof64 = (yield server_first).rpartition(b",p=")
-    binding = binascii.b2a_base64(header, newline=False)
-    if not separator or bare.split(b",")[:2] != [b"c=" + binding, b"r=" + nonce]:
+    if not separator or bare.split(b",")[:2] != [b"c=" + encode_base64(header), b"r=" + nonce]:
         raise Refused(AUTH_MALFORMED)
     proof = decode_base64(proof64)
     message = b",".join((first_bare, server_first, bare))
@@ -528,7 +526,7 @@ def auth_scram_sha_256(credentials: Credentials) -> Exchange:
     if not equal(user, credentials.user) & equal(proof, expected):
         return False
     server_signature = sign(sign(salted, b"Server Key"), message)
-    if (yield b"v=" + binascii.b2a_base64(server_signature, newline=False)):
+    if (yield b"v=" + encode_base64(server_signature)):
         raise Refused(AUTH_MALFORMED)  # it has only to acknowledge
     return True
 
@@ -549,13 +547,22 @@ def scram_client_first(message: bytes) -> tuple[bytes, bytes, bytes, bytes]:
     return header, message[len(header) :], user, fields[3][2:]
 
 
+def fresh_nonce() -> bytes:
+    """Return text that nobody can foresee."""
+    return binascii.hexlify(os.urandom(16))
+
+
+def encode_base64(data: bytes) -> bytes:
+    return binascii.b2a_base64(data, newline=False)
+
+
 def decode_base64(text: bytes) -> bytes:
     """Decode strictly: Python's decoder skips what is not base64."""
     try:
         data = binascii.a2b_base64(text)
     except binascii.Error:
         raise Refused(AUTH_MALFORMED) from None
-    if binascii.b2a_base64(data, newline=False) != text:
+    if encode_base64(data) != text:
         raise Refused(AUTH_MALFORMED)
     return data
 
@@ -966,7 +973,7 @@ class Session:
 
     def _challenge(self, challenge: bytes) -> list[Action]:
         self._reader = Session._read_auth
-        return [b"334 %s\r\n" % binascii.b2a_base64(challenge, newline=False)]
+        return [b"334 %s\r\n" % encode_base64(challenge)]
 
     def _respond(self, line: bytes) -> list[Action]:
         """Give the client's response to the exchange, which ends unless it asks on."""
@@ -1842,12 +1849,12 @@ class Connection:
         self._wait(LINGER_TIMEOUT)
 
     def _shut_down(self) -> None:
-        """End our direction, and wait for the client's end.
+        """End our direction, and wait for the client's end unless it has said QUIT.
 
         If we closed while input is unread, the kernel would reset the
         connection and the client might never see our last reply.
         """
-        if self._sock is None or self._eof:
+        if self._sock is None or self._eof or self.orderly:
             self._forget()
             return
         try:
@@ -2383,8 +2390,7 @@ def parse_number(name: str, value: str, highest: int) -> int:
 
 def print_and_exit(text: str) -> NoReturn:
     try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        os.write(1, text.encode())
     except OSError as error:
         raise StartupError(f"cannot write to standard output: {error.strerror}") from None
     raise SystemExit(0)

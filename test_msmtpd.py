@@ -1,0 +1,2044 @@
+"""Tests of msmtpd, in the order of its sections, then as a user starts it.
+
+The protocol core is tested without sockets.  Dialogues are written as
+dialogues: `C:` is a line from the client (ended by CRLF), `C|` are octets as
+they stand (with Python's escapes), `S:` is a reply line (a trailing `...`
+stands for any text), `D:` a delivery with its envelope and, behind `|`, its
+content, `X:` the end of the session.  Each is fed line by line with every
+reply checked at its place, then whole, byte by byte and split at every place.
+
+What a user starts is started as a process.  Tests that need a program which
+is not there are skipped; .ci/run installs them all and fails on a skip.
+"""
+
+from __future__ import annotations
+
+import base64
+import errno
+import hashlib
+import hmac
+import itertools
+import os
+import pty
+import random
+import re
+import resource
+import select
+import selectors
+import shlex
+import shutil
+import signal
+import smtplib
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import msmtpd
+
+PROGRAM = Path(msmtpd.__file__).resolve()
+PYTHON = [sys.executable, "-I", "-S"]
+
+
+# ---- Helpers ---------------------------------------------------------------
+
+
+def need(program: str) -> str:
+    """Return the path of a program, or skip the test."""
+    path = shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    if path is None:
+        pytest.skip(f"{program} is not installed")
+    return path
+
+
+def b64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+class Mail:
+    """A delivery as the protocol core asks for it, without the Received field."""
+
+    def __init__(self, action: msmtpd.Deliver) -> None:
+        self.sender = action.envelope.sender
+        self.recipients = list(action.envelope.recipients)
+        self.size = action.size
+        self.content = spooled(action.spool)
+
+    def __str__(self) -> str:
+        path = " ".join(f"<{p.decode()}>" for p in (self.sender, *self.recipients))
+        return f"D: {path} | {self.content.decode('latin-1').encode('unicode_escape').decode()}"
+
+
+def spooled(spool: msmtpd.Spool) -> bytes:
+    with os.fdopen(spool.open(), "rb") as file:
+        content = file.read()
+    spool.close()
+    return content
+
+
+class Peer:
+    """A Session with a client's and a command's part played by the test."""
+
+    def __init__(self, policy: msmtpd.Policy | None = None, outcome: bytes = msmtpd.DELIVERED) -> None:
+        self.events: list[str] = []
+        self.mails: list[Mail] = []
+        self.notes: list[str] = []
+        self.pauses: list[bool] = []
+        self.protocols: list[tuple[bytes, str]] = []
+        self.closed: bool | None = None
+        self.outcome = outcome
+        self.session = msmtpd.Session(policy or msmtpd.Policy(), self._open_spool)
+
+    def _open_spool(self, name: bytes, protocol: str) -> msmtpd.Spool:
+        self.protocols.append((name, protocol))
+        return msmtpd.Spool()
+
+    def feed(self, data: bytes) -> None:
+        self.session.receive(data)
+        while actions := self.session.step():
+            for action in actions:
+                self._perform(action)
+
+    def _perform(self, action: Any) -> None:
+        if isinstance(action, bytes):
+            assert action.endswith(b"\r\n") and max(map(len, action.splitlines(True))) <= 512
+            self.events += ["S: " + line.decode() for line in action.splitlines()]
+        elif isinstance(action, msmtpd.Deliver):
+            self.mails.append(Mail(action))
+            self.events.append(str(self.mails[-1]))
+            for reply in self.session.delivered(self.outcome):
+                self._perform(reply)
+        elif isinstance(action, msmtpd.Pause):
+            self.pauses.append(action.failed)
+        elif isinstance(action, msmtpd.Note):
+            self.notes.append(action.text)
+        else:
+            self.closed = action.orderly
+            self.events.append("X:")
+
+
+def client_octets(line: str) -> bytes:
+    if line.startswith("C: "):
+        return line[3:].encode() + b"\r\n"
+    return line[2:].encode().decode("unicode_escape").encode("latin-1")
+
+
+def script(text: str) -> list[str]:
+    return [line + " " * (line == "C:") for line in textwrap.dedent(text).strip().splitlines()]
+
+
+def matches(expected: list[str], events: list[str]) -> bool:
+    """Compare; `...` at the end of an expected line stands for anything."""
+    pairs = list(itertools.zip_longest(expected, events, fillvalue=""))
+    return all(e == a or (e.endswith("...") and a.startswith(e[:-3])) for e, a in pairs)
+
+
+def play(text: str, policy: msmtpd.Policy | None = None, outcome: bytes = msmtpd.DELIVERED) -> Peer:
+    """Play a dialogue line by line, then in all other pieces; return the first peer."""
+    lines = script(text)
+    peer = Peer(policy, outcome)
+    expected: list[str] = []
+    for line in lines:
+        if line[:1] != "C":
+            expected.append(line)
+            continue
+        assert matches(expected, peer.events), f"before {line!r}: {peer.events} is not {expected}"
+        peer.feed(client_octets(line))
+    assert matches(expected, peer.events), f"{peer.events} is not {expected}"
+
+    octets = b"".join(client_octets(line) for line in lines if line[:1] == "C")
+    splits = [[octets[:i], octets[i:]] for i in range(len(octets))]
+    for pieces in [[octets], [octets[i : i + 1] for i in range(len(octets))], *splits]:
+        other = Peer(policy, outcome)
+        for piece in pieces:
+            other.feed(piece)
+        assert matches(expected, other.events), f"in pieces: {other.events} is not {expected}"
+    return peer
+
+
+AUTH_POLICY = msmtpd.Policy(credentials=msmtpd.Credentials("joe", b"secret"))
+
+
+# ---- Paths -----------------------------------------------------------------
+
+PATHS = [  # argument of MAIL, the path, its parameters
+    ("FROM:<a@b>", "a@b", ""),
+    ("FROM:<>", "", ""),
+    ("from:<a@b> SIZE=1", "a@b", " SIZE=1"),
+    ("FROM: <a@b>", "a@b", ""),
+    ("FROM: <", None, "501"),
+    ("FROM:a@b", "a@b", ""),
+    ("FROM: a@b SIZE=1", "a@b", "SIZE=1"),
+    ("FROM:root", "root", ""),
+    ("FROM:<@x,@y:a@b>", "a@b", ""),
+    ("FROM:<@x:>", None, "553"),
+    ("FROM:<@x>", None, "553"),
+    ("FROM:", None, "501"),
+    ("FROM", None, "501"),
+    ("<a@b>", None, "501"),
+    ("TO:<a@b>", None, "501"),
+    ("FROM:<a@b", None, "501"),
+    ("FROM:a@b>", None, "501"),
+    ("FROM:\t<a@b>", "a@b", ""),
+]
+
+
+@pytest.mark.parametrize("argument, path, rest", PATHS)
+def test_a_path_is_split_from_its_parameters(argument: str, path: str | None, rest: str) -> None:
+    if path is None:
+        with pytest.raises(msmtpd.Refused) as refused:
+            msmtpd.split_path(argument.encode(), b"FROM:", msmtpd.SENDER_SYNTAX)
+        assert refused.value.reply[:3].decode() == rest
+    else:
+        assert msmtpd.split_path(argument.encode(), b"FROM:", b"") == (path.encode(), rest.encode())
+
+
+GOOD_ADDRESSES = ["a", "root", "a@b", "a@b@c", "a.b.@c.", "o'brien@x", "a+b=c/d@x", "u%v@x", "x!y", "#?*{}~^[]@x"]
+GOOD_ADDRESSES += ["a,b:c@x", "a@[127.0.0.1]", "x" * 254]
+BAD_ADDRESSES = ["", "-a@b", "--", "x" * 255, "a b@c", "a\tb", "a\0b", "a\rb", "a\x7fb", "$(touch x)@b", "`x`@b"]
+BAD_ADDRESSES += ["a;b", "a|b", "a&b", "a<b", "a>b", "a(b", "a)b", 'a"b', "a\\b", "$HOME", '"a b"@c']
+
+
+@pytest.mark.parametrize("address", GOOD_ADDRESSES)
+def test_an_address_passes(address: str) -> None:
+    msmtpd.check_address(address.encode(), False)
+
+
+@pytest.mark.parametrize("address", BAD_ADDRESSES)
+@pytest.mark.parametrize("utf8", [False, True])
+def test_an_address_is_refused(address: str, utf8: bool) -> None:
+    with pytest.raises(msmtpd.Refused) as refused:
+        msmtpd.check_address(address.encode(), utf8)
+    assert refused.value.reply == msmtpd.BAD_ADDRESS
+
+
+def test_every_single_octet_is_allowed_or_refused_as_designed() -> None:
+    allowed = set(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.@_+-/=!#%'*?^{}~,:[]")
+    for octet in range(256):
+        address = b"a" + bytes([octet])
+        try:
+            msmtpd.check_address(address, False)
+            assert octet in allowed
+        except msmtpd.Refused as refused:
+            assert octet not in allowed
+            assert refused.reply == (msmtpd.NEEDS_SMTPUTF8 if octet > 127 else msmtpd.BAD_ADDRESS)
+
+
+UTF8_ADDRESSES = [
+    ("jörg@bücher.example", True),
+    ("用户@例子", True),
+    ("a\u00a0b", False),  # a blank
+    ("a\u2028b", False),  # a line separator
+    ("a\u202eb", False),  # writes from right to left from here
+    ("a\x85b", False),  # a control
+]
+
+
+@pytest.mark.parametrize("address, good", UTF8_ADDRESSES)
+def test_non_ascii_addresses_need_smtputf8_and_printable_text(address: str, good: bool) -> None:
+    try:
+        msmtpd.check_address(address.encode(), True)
+        assert good
+    except msmtpd.Refused:
+        assert not good
+    with pytest.raises(msmtpd.Refused):
+        msmtpd.check_address(b"latin-\xe9@x", True)
+
+
+MAIL_PARAMETERS = [
+    ("", (0, False)),
+    ("SIZE=123", (123, False)),
+    ("size=123", (123, False)),
+    ("  SIZE=1   BODY=8bitmime  ", (1, False)),
+    ("BODY=7BIT SMTPUTF8", (0, True)),
+    ("AUTH=<>", (0, False)),
+    ("AUTH=e+3Dmc2@example.com", (0, False)),
+    ("SIZE=99999999999999999999", (99999999999999999999, False)),
+    ("SIZE=999999999999999999999", "501"),
+    ("SIZE=", "501"),
+    ("SIZE", "501"),
+    ("SIZE=x", "501"),
+    ("SIZE=-1", "501"),
+    ("BODY=BINARYMIME", "501"),
+    ("BODY", "501"),
+    ("SMTPUTF8=1", "501"),
+    ("AUTH=", "501"),
+    ("RET=HDRS", "555"),
+    ("=", "555"),
+    ("X", "555"),
+]
+
+
+@pytest.mark.parametrize("text, expected", MAIL_PARAMETERS)
+def test_parameters_of_mail(text: str, expected: tuple[int, bool] | str) -> None:
+    try:
+        assert msmtpd.mail_parameters(text.encode()) == expected
+    except msmtpd.Refused as refused:
+        assert refused.reply[:3].decode() == expected
+
+
+# ---- Mail data -------------------------------------------------------------
+
+
+def decode(octets: bytes, crlf: bool, pieces: Iterable[int] = ()) -> tuple[bytes, bytes] | None:
+    """Feed octets, cut at the given places: (content, what follows the end), None without an end."""
+    spool = msmtpd.Spool()
+    data = msmtpd.MailData(spool, 10**6, crlf)
+    cuts = [0, *pieces, len(octets)]
+    for begin, end in zip(cuts, cuts[1:]):
+        if begin < end:
+            left = data.feed(octets[begin:end])
+            if left >= 0:
+                return spooled(spool), octets[end - left :]
+    spool.close()
+    return None
+
+
+MAIL_DATA = [  # octets after DATA, what the command gets, what follows the end; in a session with CRLF
+    (b".\r\n", b"", b""),
+    (b"a\r\n.\r\n", b"a\n", b""),
+    (b"a\r\nb\r\n.\r\nQUIT\r\n", b"a\nb\n", b"QUIT\r\n"),
+    (b"..\r\n.\r\n", b".\n", b""),
+    (b".x\r\n.\r\n", b"x\n", b""),
+    (b"...\r\n..a\r\n.\r\n", b"..\n.a\n", b""),
+    (b"\r\n.\r\n", b"\n", b""),
+    (b"\r\n\r\n.\r\n", b"\n\n", b""),
+    (b"a\nb\r\n.\r\n", b"a\nb\n", b""),
+    (b"a\rb\r\n.\r\n", b"a\rb\n", b""),
+    (b"a\r\r\n.\r\n", b"a\r\n", b""),
+    (b"\0\xff\x80\r\n.\r\n", b"\0\xff\x80\n", b""),
+    (b"x" * 5000 + b"\r\n.\r\n", b"x" * 5000 + b"\n", b""),
+    (b"a.\r\n.b\r\n.\r\n", b"a.\nb\n", b""),
+]
+
+
+@pytest.mark.parametrize("octets, content, rest", MAIL_DATA)
+def test_mail_data_is_decoded_however_it_is_cut(octets: bytes, content: bytes, rest: bytes) -> None:
+    places = range(1, min(len(octets), 60))
+    for pieces in [(), tuple(places), *((place,) for place in places)]:
+        found = decode(octets, True, pieces)
+        assert found is not None and found[0] == content
+        assert rest.startswith(found[1])  # the rest may not have come yet
+
+
+# What has been taken for the end of data by one server and for content by
+# another (SMTP smuggling): every sequence of these around a dot, but the one
+# real end, and its stuffed variants which no client means.
+LINE_ENDS = [b"", b"\n", b"\r", b"\r\n", b"\n\n", b"\r\r", b"\n\r", b"\r\r\n", b"\r\n\0", b"\0", b"\r\0\n", b"\0\r\n"]
+FAKE_ENDS = [
+    b"a" + before + b"." + after + b"b"
+    for before, after in itertools.product(LINE_ENDS, LINE_ENDS)
+    if not (before.endswith(b"\r\n") and after.startswith(b"\r\n"))
+]
+
+
+@pytest.mark.parametrize("fake", FAKE_ENDS, ids=repr)
+def test_only_crlf_dot_crlf_ends_the_data_of_a_crlf_session(fake: bytes) -> None:
+    octets = fake + b"\r\nMAIL FROM:<evil@x>\r\n.\r\nNOOP\r\n"
+    content = fake.replace(b"\r\n.", b"\r\n").replace(b"\r\n", b"\n") + b"\nMAIL FROM:<evil@x>\n"
+    for place in range(len(octets) - 6):
+        assert decode(octets[:-6], True, (place,)) == (content, b"")
+    assert decode(octets, True) == (content, b"NOOP\r\n")
+
+
+LF_MAIL_DATA = [
+    (b".\n", b"", b""),
+    (b"a\n.\nQUIT\n", b"a\n", b"QUIT\n"),
+    (b"..\n.\n", b".\n", b""),
+    (b"a\r\n.\r\nQUIT\r\n", b"a\n", b"QUIT\r\n"),
+    (b"a\r\n.\n", b"a\n", b""),
+    (b"a\n.\r\n", b"a\n", b""),
+    (b"a\n.b\n.\n", b"a\nb\n", b""),
+]
+
+
+@pytest.mark.parametrize("octets, content, rest", LF_MAIL_DATA)
+def test_a_session_typed_with_bare_lf_ends_its_data_with_them(octets: bytes, content: bytes, rest: bytes) -> None:
+    for place in range(len(octets) - len(rest)):
+        assert decode(octets, False, (place,)) == (content, rest)
+
+
+def test_a_cut_anywhere_changes_nothing() -> None:
+    """Every sequence of up to five of these octets, whole against cut at every place."""
+    for crlf, length in itertools.product((True, False), range(1, 6)):
+        for letters in itertools.product(b"\r\n.x", repeat=length):
+            octets = bytes(letters) + b"\r\n.\r\n"
+            whole = decode(octets, crlf)
+            assert whole is not None
+            for place in range(1, len(octets)):
+                cut = decode(octets, crlf, (place,))
+                assert cut is not None and cut[0] == whole[0]
+
+
+def test_the_size_limit_is_found_while_reading_and_the_data_are_read_to_their_end() -> None:
+    spool = msmtpd.Spool()
+    data = msmtpd.MailData(spool, 10, True)
+    assert data.feed(b"12345678\r\n") == -1 and data.failure is None
+    assert data.feed(b"9\r\n.\r\n") == 0
+    assert data.failure == msmtpd.MAIL_TOO_BIG
+    assert not spool.memory
+
+
+def test_a_spool_stays_in_memory_while_it_is_small_and_is_then_an_unlinked_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    for size in (0, 1, msmtpd.SPOOL_MEMORY, msmtpd.SPOOL_MEMORY + 1, 300_000):
+        spool = msmtpd.Spool()
+        content = random.Random(size).getrandbits(8 * size + 1).to_bytes(size + 1, "big")[1:]
+        for begin in range(0, size, 7000):
+            spool.write(content[begin : begin + 7000])
+        assert (spool.file is not None) == (size > msmtpd.SPOOL_MEMORY)
+        assert list(tmp_path.iterdir()) == []
+        assert spooled(spool) == content
+
+
+def test_a_spool_finds_a_way_where_pipes_are_small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    spool = msmtpd.Spool()
+    spool.write(b"x" * 20_000)
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, bytes(data)[:4096]))
+    assert spooled(spool) == b"x" * 20_000
+
+
+def test_a_spool_that_cannot_be_written_fails_the_mail_and_only_the_mail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", "/nowhere")
+    data = msmtpd.MailData(msmtpd.Spool(), 10**6, True)
+    assert data.feed(b"x" * 40_000) == -1
+    assert data.feed(b"x" * 40_000 + b"\r\n.\r\nNOOP\r\n") == 6
+    assert data.failure == msmtpd.SPOOL_FAILED
+    assert "No such file" in data.trouble
+
+
+RECEIVED = [
+    ((b"x.example", "127.0.0.1", "127.0.0.1", "ESMTP"), "from x.example ([127.0.0.1])", "[127.0.0.1]"),
+    ((b"x", "::1", "::1", "SMTP"), "from x ([IPv6:::1])", "[IPv6:::1]"),
+    ((b"x", "", "", "ESMTPA"), "from x", "localhost"),
+    ((b"[127.0.0.1]", "fe80::1%eth0", "", "SMTP"), "from [127.0.0.1] ([IPv6:fe80::1])", "localhost"),
+    ((b"::ffff", "::ffff:127.0.0.1", "", "SMTP"), "from ::ffff ([127.0.0.1])", "localhost"),
+    ((b"a b\r\n\xc3\xa9;(x)", "", "", "SMTP"), "from a?b??????x?", "localhost"),
+]
+
+
+@pytest.mark.parametrize("arguments, source, by", RECEIVED)
+def test_received_field(
+    arguments: tuple[bytes, str, str, str], source: str, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    field = msmtpd.received_field(*arguments, 1795338000.0).decode()
+    monkeypatch.undo()
+    time.tzset()
+    date = "Sun, 22 Nov 2026 10:00:00 +0100"
+    assert field == f"Received: {source}\n\tby {by} (msmtpd) with {arguments[3]};\n\t{date}\n"
+
+
+def test_received_field_cuts_a_long_name() -> None:
+    assert b"x" * 255 + b"\n" in msmtpd.received_field(b"x" * 4000, "", "", "SMTP", 0)
+
+
+# ---- Authentication --------------------------------------------------------
+
+JOE = f"AUTH PLAIN {b64(b'%cjoe%csecret' % (0, 0))}"
+
+
+def play_auth(text: str) -> Peer:
+    greeting = "C: EHLO x\nS: 250-localhost\n" + "S: 250-...\n" * 4
+    greeting += "S: 250-AUTH PLAIN LOGIN CRAM-MD5 SCRAM-SHA-256\nS: 250 ENHANCEDSTATUSCODES\n"
+    return play(greeting + textwrap.dedent(text).strip(), AUTH_POLICY)
+
+
+RIGHT = [
+    f"C: {JOE}",
+    f"C: auth plain {b64(b'%cjoe%csecret' % (0, 0))}",
+    f"C: AUTH PLAIN {b64(b'joe%cjoe%csecret' % (0, 0))}",
+    f"C: AUTH PLAIN {b64(b'root%cjoe%csecret' % (0, 0))}",
+    f"C: AUTH PLAIN\nS: 334 \nC: {b64(b'%cjoe%csecret' % (0, 0))}",
+    f"C: AUTH LOGIN\nS: 334 VXNlcm5hbWU6\nC: {b64(b'joe')}\nS: 334 UGFzc3dvcmQ6\nC: {b64(b'secret')}",
+    f"C: AUTH LOGIN {b64(b'joe')}\nS: 334 UGFzc3dvcmQ6\nC: {b64(b'secret')}",
+]
+WRONG = [
+    f"C: AUTH PLAIN {b64(b'%cjoe%cSecret' % (0, 0))}",
+    f"C: AUTH PLAIN {b64(b'%cjane%csecret' % (0, 0))}",
+    f"C: AUTH PLAIN {b64(b'joe%c%csecret' % (0, 0))}",
+    f"C: AUTH PLAIN {b64(b'%cjoe%c' % (0, 0))}",
+    f"C: AUTH LOGIN {b64(b'joe')}\nS: 334 UGFzc3dvcmQ6\nC: {b64(b'joe')}",
+    f"C: AUTH LOGIN =\nS: 334 UGFzc3dvcmQ6\nC: {b64(b'secret')}",
+    "C: AUTH LOGIN\nS: 334 VXNlcm5hbWU6\nC: \nS: 334 UGFzc3dvcmQ6\nC: ",
+    "C: AUTH CRAM-MD5\nS: 334 ...\nC: " + b64(b"joe " + b"0" * 32),
+    "C: AUTH CRAM-MD5\nS: 334 ...\nC: ",
+]
+MALFORMED = [
+    "C: AUTH PLAIN =",
+    "C: AUTH PLAIN joe",
+    "C: AUTH PLAIN AGpvZQBzZWNyZXQ",  # padding is missing
+    "C: AUTH PLAIN AGpvZQBzZWNyZXQ==",
+    "C: AUTH PLAIN AGpv*ZQBzZWNyZXQ=",
+    f"C: AUTH PLAIN {b64(b'joe')}",
+    f"C: AUTH PLAIN {b64(b'%c%cjoe%csecret' % (0, 0, 0))}",
+    "C: AUTH PLAIN\nS: 334 \nC: !",
+    "C: AUTH PLAIN\nS: 334 \nC: *",
+    "C: AUTH LOGIN\nS: 334 VXNlcm5hbWU6\nC: *",
+    "C: AUTH LOGIN\nS: 334 VXNlcm5hbWU6\nC: =",
+    "C: AUTH",
+    "C: AUTH PLAIN a b",
+    "C: AUTH CRAM-MD5 AA==",
+    "C: AUTH SCRAM-SHA-256 =",
+    f"C: AUTH SCRAM-SHA-256 {b64(b'n,,n=joe')}",
+    f"C: AUTH SCRAM-SHA-256 {b64(b'p=tls-unique,,n=joe,r=abc')}",
+    f"C: AUTH SCRAM-SHA-256 {b64(b'n,x,n=joe,r=abc')}",
+    f"C: AUTH SCRAM-SHA-256 {b64(b'n,,m=x,n=joe,r=abc')}",
+    f"C: AUTH SCRAM-SHA-256 {b64(b'n,,n=joe,r=')}",
+    f"C: AUTH SCRAM-SHA-256 {b64(b'n,,n=joe,r=abc')}\nS: 334 ...\nC: =",
+    f"C: AUTH SCRAM-SHA-256 {b64(b'n,,n=joe,r=abc')}\nS: 334 ...\nC: {b64(b'c=biws,r=abc,p=AAAA')}",
+]
+
+
+@pytest.mark.parametrize("exchange", RIGHT)
+def test_the_right_password_is_accepted(exchange: str) -> None:
+    peer = play_auth(f"{exchange}\nS: 235 2.7.0 ...\nC: {JOE}\nS: 503 5.5.1 Already...")
+    assert peer.pauses == [False]
+    assert peer.notes == []
+
+
+@pytest.mark.parametrize("exchange", WRONG)
+def test_a_wrong_password_gets_another_try(exchange: str) -> None:
+    peer = play_auth(f"{exchange}\nS: 535 5.7.8 ...\nC: MAIL FROM:<a@b>\nS: 530 ...\nC: {JOE}\nS: 235 ...")
+    assert peer.pauses == [True, False]
+    assert peer.notes == ["authentication failed"]
+
+
+@pytest.mark.parametrize("exchange", MALFORMED)
+def test_a_malformed_exchange_ends_with_501_and_is_no_failure(exchange: str) -> None:
+    peer = play_auth(f"{exchange}\nS: 501 5...\nC: {JOE}\nS: 235 ...")
+    assert peer.pauses == [False]
+
+
+def test_the_third_failure_ends_the_session() -> None:
+    wrong = "C: AUTH PLAIN AGEAYQ==\n"
+    peer = play_auth(wrong + "S: 535 ...\n" + wrong + "S: 535 ...\n" + wrong + "S: 421 4.7.0 ...\nX:")
+    assert peer.closed is False
+    assert peer.notes == ["authentication failed"] * 3
+
+
+def test_authentication_belongs_between_ehlo_and_the_mails() -> None:
+    play(f"C: {JOE}\nS: 503 5.5.1 Send EHLO...\nC: EHLO x\n" + "S: 250...\n" * 7 + "C: AUTH X\nS: 504...", AUTH_POLICY)
+    play("C: EHLO x\n" + "S: 250...\n" * 6 + f"C: {JOE}\nS: 502 5.5.1 ...")
+    play_auth(
+        f"""
+        C: {JOE}
+        S: 235 ...
+        C: RSET
+        S: 250 ...
+        C: MAIL FROM:<a@b>
+        S: 250 ...
+        C: EHLO again
+        S: 250-localhost
+        S: 250-...
+        S: 250-...
+        S: 250-...
+        S: 250-...
+        S: 250-...
+        S: 250 ...
+        C: MAIL FROM:<a@b>
+        S: 250 ...
+        C: {JOE}
+        S: 503 5.5.1 Already authenticated
+        """
+    )
+
+
+def test_an_overlong_response_ends_the_exchange() -> None:
+    peer = Peer(AUTH_POLICY)
+    peer.feed(b"EHLO x\r\nAUTH PLAIN\r\n" + b"A" * 20000 + b"\r\nNOOP\r\n")
+    assert peer.events[-2:] == ["S: 500 5.5.2 Line too long", "S: 250 2.0.0 Ok"]
+    peer.feed(b"AUTH PLAIN " + b"A" * 12000 + b"\r\n")
+    assert peer.events[-1] == "S: 501 5.5.2 Authentication exchange is malformed"
+
+
+def test_a_password_may_be_utf8_and_long() -> None:
+    password = "pässwörd ∂ ".encode() * 400
+    policy = msmtpd.Policy(credentials=msmtpd.Credentials("jörg", password))
+    peer = Peer(policy)
+    peer.feed(b"EHLO x\r\nAUTH PLAIN " + base64.b64encode(b"\0" + "jörg".encode() + b"\0" + password) + b"\r\n")
+    assert peer.events[-1] == "S: 235 2.7.0 Authentication succeeded"
+
+
+def test_cram_md5_computes_what_rfc_2195_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    credentials = msmtpd.Credentials("tim", b"tanstaaftanstaaf")
+    challenge = b"<1896.697170952@postoffice.reston.mci.net>"
+    digest = b"b913a602c7eda7a495b4e6e7334d3890"
+    assert hmac.new(credentials.password, challenge, "md5").hexdigest().encode() == digest
+    exchange = msmtpd.auth_cram_md5(credentials)
+    ours = next(exchange)
+    assert re.fullmatch(rb"<[0-9a-f]{32}\.[0-9]+@localhost>", ours)
+    digest = hmac.new(credentials.password, ours, "md5").hexdigest().encode()
+    with pytest.raises(StopIteration) as end:
+        exchange.send(b"tim " + digest.upper())
+    assert end.value.value is True
+
+
+def test_scram_sha_256_holds_the_example_of_rfc_7677(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "urandom", lambda size: base64.b64decode("W22ZaJ0SNY7soEsUEjb6gQ=="))
+    monkeypatch.setattr(msmtpd, "fresh_nonce", lambda: b"%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0")
+    exchange = msmtpd.auth_scram_sha_256(msmtpd.Credentials("user", b"pencil"))
+    assert next(exchange) == b""
+    assert exchange.send(b"n,,n=user,r=rOprNGfwEbeRWgbNEkqO") == (
+        b"r=rOprNGfwEbeRWgbNEkqO%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0,s=W22ZaJ0SNY7soEsUEjb6gQ==,i=4096"
+    )
+    assert exchange.send(
+        b"c=biws,r=rOprNGfwEbeRWgbNEkqO%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0,"
+        b"p=dHzbZapWIk4jUhN+Ute9ytag9zjfMHgsqmmiz7AndVQ="
+    ) == b"v=6rriTRBi23WpRR/wtup+mMhUZUn/dB5nLTJRsjl95G4="
+    with pytest.raises(StopIteration) as end:
+        exchange.send(b"")
+    assert end.value.value is True
+
+
+class ScramClient:
+    """The client's side of RFC 5802, written from the RFC for these tests."""
+
+    def __init__(self, user: str, password: str, gs2: str = "n,,") -> None:
+        self.gs2, self.password = gs2, password
+        self.bare = f"n={user.replace('=', '=3D').replace(',', '=2C')},r=fyko+d2lbbFgONRv9qkxdawL"
+
+    def first(self) -> bytes:
+        return (self.gs2 + self.bare).encode()
+
+    def final(self, server_first: bytes) -> bytes:
+        fields = dict(part.split("=", 1) for part in server_first.decode().split(","))
+        salted = hashlib.pbkdf2_hmac("sha256", self.password.encode(), base64.b64decode(fields["s"]), int(fields["i"]))
+        without = f"c={b64(self.gs2.encode())},r={fields['r']}"
+        message = ",".join((self.bare, server_first.decode(), without)).encode()
+        key = hmac.new(salted, b"Client Key", "sha256").digest()
+        signature = hmac.new(hashlib.sha256(key).digest(), message, "sha256").digest()
+        return f"{without},p={b64(bytes(a ^ b for a, b in zip(key, signature)))}".encode()
+
+
+SCRAM = [  # user, password, GS2 header, whether it is right
+    ("joe", "secret", "n,,", True),
+    ("joe", "secret", "y,,", True),
+    ("joe", "secret", "n,a=root,", True),
+    ("joe", "Secret", "n,,", False),
+    ("jane", "secret", "n,,", False),
+]
+
+
+@pytest.mark.parametrize("user, password, gs2, right", SCRAM)
+def test_scram_against_a_client_of_our_own(user: str, password: str, gs2: str, right: bool) -> None:
+    client, peer = ScramClient(user, password, gs2), Peer(AUTH_POLICY)
+    peer.feed(b"EHLO x\r\nAUTH SCRAM-SHA-256 %s\r\n" % base64.b64encode(client.first()))
+    server_first = base64.b64decode(peer.events[-1][7:])
+    peer.feed(base64.b64encode(client.final(server_first)) + b"\r\n")
+    if right:
+        assert base64.b64decode(peer.events[-1][7:]).startswith(b"v=")
+        peer.feed(b"\r\n")
+    assert peer.events[-1][3:6] == ("235" if right else "535")
+
+
+def test_scram_knows_users_with_a_comma_and_normalizes_the_password_as_clients_do() -> None:
+    credentials = msmtpd.Credentials("a,b=c", "e\u0301ª".encode())
+    client, exchange = ScramClient("a,b=c", "éa"), msmtpd.auth_scram_sha_256(credentials)
+    next(exchange)
+    assert exchange.send(client.final(exchange.send(client.first()))).startswith(b"v=")
+    with pytest.raises(msmtpd.Refused):
+        exchange.send(b"surplus")
+
+
+def test_scram_refuses_a_final_message_for_another_nonce_or_header() -> None:
+    for spoil in (lambda m: m.replace(b"r=", b"r=x"), lambda m: m.replace(b"c=biws", b"c=eSws"), lambda m: m[:-9]):
+        client, exchange = ScramClient("joe", "secret"), msmtpd.auth_scram_sha_256(msmtpd.Credentials("joe", b"secret"))
+        next(exchange)
+        with pytest.raises(msmtpd.Refused):
+            exchange.send(spoil(client.final(exchange.send(client.first()))))
+
+
+def test_user_and_password_are_always_both_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[tuple[bytes, bytes]] = []
+    monkeypatch.setattr(msmtpd, "equal", lambda a, b: compared.append((a, b)) or a == b)
+    assert not msmtpd.Credentials("joe", b"secret").match(b"jane", b"wrong")
+    assert compared == [(b"jane", b"joe"), (b"wrong", b"secret")]
+
+
+def test_the_throttle_delays_every_outcome_for_a_minute_after_a_failure() -> None:
+    throttle = msmtpd.Throttle()
+    assert throttle.delay(100.0, failed=False) == 0
+    assert throttle.delay(100.0, failed=True) == 0
+    assert throttle.delay(100.1, failed=False) == 1
+    assert throttle.delay(159.0, failed=True) == 1
+    assert throttle.delay(218.9, failed=False) == 1
+    assert throttle.delay(219.1, failed=False) == 0
+    assert msmtpd.Throttle(always=True).delay(0.0, failed=False) == 1
+
+
+# ---- Session ---------------------------------------------------------------
+
+DIALOGUES = {
+    "a mail": """
+        C: EHLO client.example
+        S: 250-localhost
+        S: 250-PIPELINING
+        S: 250-SIZE 104857600
+        S: 250-8BITMIME
+        S: 250-SMTPUTF8
+        S: 250 ENHANCEDSTATUSCODES
+        C: MAIL FROM:<a@b>
+        S: 250 2.1.0 Ok
+        C: RCPT TO:<c@d>
+        S: 250 2.1.5 Ok
+        C: RCPT TO:<e@f>
+        S: 250 2.1.5 Ok
+        C: DATA
+        S: 354 Send data
+        C: Subject: x
+        C:
+        C: ..dot
+        C: .
+        D: <a@b> <c@d> <e@f> | Subject: x\\n\\n.dot\\n
+        S: 250 2.0.0 Ok, mail was piped
+        C: QUIT
+        S: 221 2.0.0 Bye
+        X:
+        """,
+    "several mails, with everything in between": """
+        C: helo x
+        S: 250 localhost
+        C: mail from:<>
+        S: 250 2.1.0 Ok
+        C: rcpt to:<root>
+        S: 250 2.1.5 Ok
+        C: data
+        S: 354 Send data
+        C: .
+        D: <> <root> |\x20
+        S: 250 2.0.0 Ok, mail was piped
+        C: RSET
+        S: 250 2.0.0 Ok
+        C: NOOP
+        S: 250 2.0.0 Ok
+        C: EHLO x
+        S: 250-...
+        S: 250-...
+        S: 250-...
+        S: 250-...
+        S: 250-...
+        S: 250 ...
+        C: MAIL FROM: a@b SIZE=100 BODY=8BITMIME\x20\x20
+        S: 250 2.1.0 Ok
+        C: RCPT TO: <c@d>
+        S: 250 2.1.5 Ok
+        C: DATA
+        S: 354 Send data
+        C|x\\xe9\\0\\r\\n.\\r\\n
+        D: <a@b> <c@d> | x\\xe9\\x00\\n
+        S: 250 2.0.0 Ok, mail was piped
+        """,
+    "every mistake in the order of commands": """
+        C: MAIL FROM:<a@b>
+        S: 503 5.5.1 Send EHLO first
+        C: RCPT TO:<a@b>
+        S: 503 5.5.1 Send EHLO first
+        C: DATA
+        S: 503 5.5.1 Send EHLO first
+        C: EHLO
+        S: 501 Say your name: EHLO name
+        C: HELO x
+        S: 250 localhost
+        C: RCPT TO:<a@b>
+        S: 503 5.5.1 Send MAIL first
+        C: DATA
+        S: 503 5.5.1 Send MAIL first
+        C: MAIL FROM:<a@b>
+        S: 250 2.1.0 Ok
+        C: MAIL FROM:<a@b>
+        S: 503 5.5.1 Sender is already given
+        C: DATA
+        S: 503 5.5.1 Send RCPT first
+        C: RCPT TO:<a b>
+        S: 553 5.1.3 ...
+        C: DATA
+        S: 554 5.5.1 No valid recipients
+        C: RCPT TO:<>
+        S: 553 5.1.3 ...
+        C: RCPT TO:<-x@y>
+        S: 553 5.1.3 ...
+        C: RCPT TO:<good@x> NOTIFY=NEVER
+        S: 555 5.5.4 ...
+        C: RCPT TO:<good@x>
+        S: 250 2.1.5 Ok
+        C: DATA now
+        S: 501 5.5.4 No argument allowed
+        C: DATA
+        S: 354 Send data
+        C: .
+        D: <a@b> <good@x> |\x20
+        S: 250 2.0.0 Ok, mail was piped
+        C: DATA
+        S: 503 5.5.1 Send MAIL first
+        """,
+    "RSET, HELO and EHLO drop the transaction": """
+        C: HELO x
+        S: 250 localhost
+        C: MAIL FROM:<a@b>
+        S: 250 2.1.0 Ok
+        C: RSET
+        S: 250 2.0.0 Ok
+        C: RCPT TO:<c@d>
+        S: 503 5.5.1 Send MAIL first
+        C: MAIL FROM:<a@b>
+        S: 250 2.1.0 Ok
+        C: HELO y
+        S: 250 localhost
+        C: RCPT TO:<c@d>
+        S: 503 5.5.1 Send MAIL first
+        """,
+    "what is answered at any time, with arguments, in a transaction too": """
+        C: NOOP before EHLO
+        S: 250 2.0.0 Ok
+        C: HELP me
+        S: 214 2.0.0 ...
+        C: VRFY root
+        S: 252 2.5.0 ...
+        C: EXPN list
+        S: 502 5.5.1 Command not implemented
+        C: STARTTLS
+        S: 502 5.5.1 Command not implemented
+        C: RSET
+        S: 250 2.0.0 Ok
+        C:
+        S: 500 5.5.2 Command not recognized
+        C: BDAT 10 LAST
+        S: 500 5.5.2 Command not recognized
+        C: HELO x
+        S: 250 localhost
+        C: MAIL FROM:<a@b>
+        S: 250 2.1.0 Ok
+        C: VRFY root
+        S: 252 2.5.0 ...
+        C: EHLO
+        S: 501 Say your name: EHLO name
+        C: NOOP
+        S: 250 2.0.0 Ok
+        C: RCPT TO:<c@d>
+        S: 250 2.1.5 Ok
+        C: QUIT
+        S: 221 2.0.0 Bye
+        X:
+        """,
+    "a person with nc": """
+        C|HELO me\\n
+        S: 250 localhost
+        C|MAIL FROM:me@x\\n
+        S: 250 2.1.0 Ok
+        C|RCPT TO:you@x\\n
+        S: 250 2.1.5 Ok
+        C|DATA\\n
+        S: 354 Send data
+        C|hello\\n..\\n.\\n
+        D: <me@x> <you@x> | hello\\n.\\n
+        S: 250 2.0.0 Ok, mail was piped
+        C|QUIT\\n
+        S: 221 2.0.0 Bye
+        X:
+        """,
+    "addresses with SMTPUTF8": """
+        C: HELO x
+        S: 250 localhost
+        C: MAIL FROM:<jörg@x>
+        S: 553 5.6.7 Address needs SMTPUTF8
+        C: MAIL FROM:<jörg@x> SMTPUTF8
+        S: 250 2.1.0 Ok
+        C: RCPT TO:<å@x>
+        S: 250 2.1.5 Ok
+        C: RSET
+        S: 250 2.0.0 Ok
+        C: MAIL FROM:<a@x>
+        S: 250 2.1.0 Ok
+        C: RCPT TO:<å@x>
+        S: 553 5.6.7 Address needs SMTPUTF8
+        """,
+    "sizes": """
+        C: HELO x
+        S: 250 localhost
+        C: MAIL FROM:<a@b> SIZE=104857601
+        S: 552 5.3.4 Mail is too big
+        C: MAIL FROM:<a@b> SIZE=104857600
+        S: 250 2.1.0 Ok
+        """,
+}
+
+
+@pytest.mark.parametrize("name", DIALOGUES)
+def test_dialogue(name: str) -> None:
+    play(DIALOGUES[name])
+
+
+def test_the_end_of_a_session_is_orderly_only_between_mails() -> None:
+    assert play("C: QUIT\nS: 221 2.0.0 Bye\nX:").closed is True
+    assert play("C: HELO x\nS: 250...\nC: MAIL FROM:<a@b>\nS: 250...\nC: QUIT\nS: 221...\nX:").closed is False
+
+
+def test_nothing_is_read_behind_quit() -> None:
+    peer = Peer()
+    peer.feed(b"QUIT\r\nNOOP\r\n")
+    assert peer.events == ["S: 221 2.0.0 Bye", "X:"]
+
+
+def test_protocol_of_the_received_field() -> None:
+    mail = b"MAIL FROM:<a@b>%s\r\nRCPT TO:<c@d>\r\nDATA\r\n.\r\n"
+    peer = Peer()
+    peer.feed(b"HELO one\r\n" + mail % b"" + b"EHLO two\r\n" + mail % b"" + mail % b" SMTPUTF8")
+    login = Peer(AUTH_POLICY)
+    login.feed(b"EHLO x\r\n" + JOE.encode() + b"\r\n" + mail % b"" + b"HELO x\r\n" + mail % b"" + mail % b" SMTPUTF8")
+    assert [p for _, p in peer.protocols] == ["SMTP", "ESMTP", "UTF8SMTP"]
+    assert [n for n, _ in peer.protocols] == [b"one", b"two", b"two"]
+    assert [p for _, p in login.protocols] == ["ESMTPA", "ESMTPA", "UTF8SMTPA"]
+
+
+def test_a_mail_over_the_limit_is_refused_behind_its_end_and_the_session_goes_on() -> None:
+    policy = msmtpd.Policy(max_size=20)
+    peer = play(
+        """
+        C: HELO x
+        S: 250 localhost
+        C: MAIL FROM:<a@b>
+        S: 250 2.1.0 Ok
+        C: RCPT TO:<c@d>
+        S: 250 2.1.5 Ok
+        C: DATA
+        S: 354 Send data
+        C: 0123456789
+        C: 0123456789
+        C: .
+        S: 552 5.3.4 Mail is too big
+        C: MAIL FROM:<a@b>
+        S: 250 2.1.0 Ok
+        C: RCPT TO:<c@d>
+        S: 250 2.1.5 Ok
+        C: DATA
+        S: 354 Send data
+        C: 0123456789
+        C: 012345
+        C: .
+        D: <a@b> <c@d> | 0123456789\\n012345\\n
+        S: 250 2.0.0 Ok, mail was piped
+        """,
+        policy,
+    )
+    assert peer.notes == ["mail of 24 octets is over the limit of 20"]
+
+
+def test_a_refused_mail_ends_its_transaction_only() -> None:
+    play(
+        """
+        C: HELO x
+        S: 250 localhost
+        C: MAIL FROM:<a@b>
+        S: 250 2.1.0 Ok
+        C: RCPT TO:<c@d>
+        S: 250 2.1.5 Ok
+        C: DATA
+        S: 354 Send data
+        C: .
+        D: <a@b> <c@d> |\x20
+        S: 554 5.3.0 no
+        C: RCPT TO:<c@d>
+        S: 503 5.5.1 Send MAIL first
+        C: MAIL FROM:<a@b>
+        S: 250 2.1.0 Ok
+        """,
+        outcome=b"554 5.3.0 no\r\n",
+    )
+
+
+def test_a_thousand_recipients_and_no_more() -> None:
+    peer = Peer()
+    peer.feed(b"HELO x\r\nMAIL FROM:<a@b>\r\n" + b"".join(b"RCPT TO:<r%d@x>\r\n" % i for i in range(1002)))
+    assert peer.events[-3:] == ["S: 250 2.1.5 Ok"] + ["S: " + msmtpd.TOO_MANY_RECIPIENTS.decode().strip()] * 2
+    peer.feed(b"DATA\r\n.\r\n")
+    assert len(peer.mails[0].recipients) == 1000
+
+
+@pytest.mark.parametrize("length, reply", [(4096, "250"), (4097, "500"), (100_000, "500")])
+def test_line_length(length: int, reply: str) -> None:
+    line = b"NOOP " + b"x" * (length - 7) + b"\r\n"
+    for piece in (len(line), 1000, 4096):
+        peer = Peer()
+        for begin in range(0, len(line), piece):
+            peer.feed(line[begin : begin + piece])
+            assert len(peer.session._input) < 4096 + piece + 1
+        peer.feed(b"NOOP\r\n")
+        assert [event[3:6] for event in peer.events] == [reply, "250"]
+
+
+def test_twenty_errors_without_a_mail_end_the_session() -> None:
+    peer = Peer()
+    mail = b"HELO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n.\r\n"
+    peer.feed(b"FOO\r\n" * 19 + mail + b"FOO\r\n" * 19)
+    assert peer.closed is None
+    peer.feed(b"FOO\r\nNOOP\r\n")
+    assert peer.events[-3:] == [
+        "S: 500 5.5.2 Command not recognized",
+        "S: 421 4.7.0 Too many errors, closing connection",
+        "X:",
+    ]
+    assert peer.closed is False and peer.notes == ["too many errors"]
+
+
+def test_twenty_refused_mails_end_the_session_too() -> None:
+    peer = Peer(outcome=b"554 5.3.0 no\r\n")
+    peer.feed(b"HELO x\r\n" + b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n.\r\n" * 30)
+    assert len(peer.mails) == 20 and peer.closed is False
+
+
+SMUGGLED = "EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\nspam\r\n.\r\nQUIT\r\n"
+NOT_SMTP = [
+    f"GET / HTTP/1.1\r\nHost: localhost:25\r\n\r\n{SMUGGLED}",
+    f"POST / HTTP/1.1\r\nHost: localhost:25\r\nContent-Type: text/plain\r\n\r\n{SMUGGLED}",
+    f"PUT / HTTP/1.0\r\n\r\n{SMUGGLED}",
+    f"post /\r\n\r\n{SMUGGLED}",
+    f"OPTIONS * HTTP/1.1\r\n\r\n{SMUGGLED}",
+    f"PROPFIND / HTTP/1.1\r\n\r\n{SMUGGLED}",
+    f"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n{SMUGGLED}",
+    f"CONNECT localhost:25 HTTP/1.1\r\n\r\n{SMUGGLED}",
+    f"Host: localhost\r\n\r\n{SMUGGLED}",
+    f"Received: from x\r\n{SMUGGLED}",
+    f"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n{SMUGGLED}",
+    "\x16\x03\x01",
+    f"\x00\r\n{SMUGGLED}",
+    f"\x80\x2e\x01\x03\x01{SMUGGLED}",
+    f"\x05\x01\x00{SMUGGLED}",
+    f"\xff\xfd\x18{SMUGGLED}",
+]
+
+
+@pytest.mark.parametrize("octets", NOT_SMTP)
+def test_what_is_not_smtp_is_closed_at_once_without_a_word(octets: str) -> None:
+    data = octets.encode("latin-1")
+    for cut in range(len(data)):
+        peer = Peer()
+        peer.feed(data[:cut])
+        peer.feed(data[cut:])
+        assert peer.events == ["X:"]
+        assert len(peer.notes) == 1 and "does not speak SMTP" in peer.notes[0]
+
+
+def test_a_form_sent_in_the_middle_of_a_session_reaches_nothing_either() -> None:
+    peer = Peer()
+    peer.feed(b"NOOP\r\n\r\n" + NOT_SMTP[0].encode())
+    assert peer.events == ["S: 250 2.0.0 Ok", "S: 500 5.5.2 Command not recognized", "X:"]
+
+
+def test_senders_that_the_command_cannot_take_are_refused() -> None:
+    peer = Peer(msmtpd.Policy(plain_senders=True))
+    peer.feed(b"HELO x\r\nMAIL FROM:<o'brien@x>\r\nMAIL FROM:<*@x>\r\n")
+    peer.feed(b"MAIL FROM:<o.brien+1@x>\r\nRCPT TO:<o'brien@x>\r\n")
+    assert [event[3:12] for event in peer.events] == ["250 local", "553 5.1.7", "553 5.1.7", "250 2.1.0", "250 2.1.5"]
+
+
+def test_every_verb_at_every_point_of_a_session_gets_a_reply() -> None:
+    points = [b"", b"HELO x\r\n", b"HELO x\r\nMAIL FROM:<a@b>\r\n", b"HELO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n"]
+    for policy, point, verb in itertools.product((None, AUTH_POLICY), points, msmtpd.VERBS):
+        for argument in (b"", b" x", b" FROM:<a@b>", b" TO:<c@d>", b" PLAIN"):
+            peer = Peer(policy)
+            peer.feed(point)
+            before = len(peer.events)
+            peer.feed(verb + argument + b"\r\n")
+            assert re.fullmatch("S: [2-5][0-9][0-9] .*", [e for e in peer.events[before:] if e != "X:"][-1])
+
+
+def test_replies_have_the_form_of_the_rfcs() -> None:
+    """RFC 5321 4.2, and enhanced codes of the same class where they belong."""
+    constants = {name: value for name, value in vars(msmtpd).items() if isinstance(value, bytes)}
+    replies = {name: value for name, value in constants.items() if name[0] != "_"}
+    assert len(replies) > 40
+    for name, reply in replies.items():
+        assert re.fullmatch(rb"[2-5][0-9]{2} [ -~]+\r\n", reply) and len(reply) <= 512
+        without = name in ("GREETING", "HELO_OK", "NAME_MISSING", "START_MAIL")
+        enhanced = re.match(rb"([245])[0-9]{2} ([245])\.[0-9]\.[0-9]+ ", reply)
+        assert without or (enhanced and enhanced[1] == enhanced[2]), name
+
+
+# Fuzzing: the session against random input made of real pieces
+
+PIECES = [line.encode() + b"\r\n" for text in DIALOGUES.values() for line in re.findall(r"C: (.*)", text)]
+PIECES += [b"\r\n", b"\n", b"\r", b".", b".\r\n", b"\r\n.\r\n", b"\0", b"<", b">", b" ", b"=", b"*\r\n", b"x" * 5000]
+PIECES += [JOE.encode() + b"\r\n", b"AUTH LOGIN\r\n", b"AUTH CRAM-MD5\r\n", b"AUTH SCRAM-SHA-256\r\n", b"am9l\r\n"]
+PIECES += [b"GET / HTTP/1.1\r\n", b"Host: x\r\n", b"DATA\r\n", b"DATA\n", b"QUIT\r\n", b"\xff\xfe", b"MAIL FROM:<>\r\n"]
+START = b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n"
+
+
+def random_input(rng: random.Random) -> bytes:
+    pieces = rng.choices(PIECES, k=rng.randrange(1, 40))
+    if rng.random() < 0.7:
+        pieces.insert(rng.randrange(min(3, len(pieces))), START)
+    octets = bytearray(b"".join(pieces))
+    for _ in range(rng.choice((0, 0, 1, 5))):
+        place = rng.randrange(len(octets) + 1)
+        octets[place : place + rng.randrange(3)] = bytes(rng.choices(range(256), k=rng.randrange(3)))
+    return bytes(octets)
+
+
+def random_cuts(rng: random.Random, octets: bytes) -> list[bytes]:
+    places = sorted(rng.choices(range(len(octets) + 1), k=rng.choice((0, 1, 5, 30))))
+    return [octets[begin:end] for begin, end in zip([0, *places], [*places, len(octets)])]
+
+
+def fuzz_once(rng: random.Random) -> None:
+    """One input in two different cuts: the same events, sane replies, bounded memory."""
+    policy = rng.choice((msmtpd.Policy(), AUTH_POLICY, msmtpd.Policy(max_size=300)))
+    octets = random_input(rng)
+    outcomes = []
+    for _ in range(2):
+        peer = Peer(policy)
+        for piece in random_cuts(rng, octets):
+            peer.feed(piece)
+            assert len(peer.session._input) <= msmtpd.MAX_AUTH_LINE + len(piece)
+        replies = [re.sub("^S: 334 .*", "S: 334", event) for event in peer.events]
+        assert all(re.match(r"S: [2-5]\d\d[ -]|S: 334|D: |X:$", reply) for reply in replies)
+        accepted = sum(event == "S: 250 2.0.0 Ok, mail was piped" for event in replies)
+        assert accepted == len(peer.mails) <= sum(event.startswith("S: 354") for event in replies)
+        for mail in peer.mails:
+            assert mail.recipients and mail.size <= policy.max_size
+        outcomes.append(replies)
+    assert outcomes[0] == outcomes[1], octets
+
+
+def test_fuzz_the_session() -> None:
+    """With a fixed seed; MSMTPD_FUZZ_SECONDS makes it go on from another one."""
+    rng = random.Random(5321)
+    for _ in range(1500):
+        fuzz_once(rng)
+    seconds = float(os.environ.get("MSMTPD_FUZZ_SECONDS", "0"))
+    end, rng = time.monotonic() + seconds, random.Random()
+    while time.monotonic() < end:
+        fuzz_once(rng)
+
+
+# ---- Delivery --------------------------------------------------------------
+
+HOSTILE = ["o'brien@x", "a'b'c@x", "*@x", "?", "{a,b}@x", "~root@x", "#x@y", "a=b@x", "x!y@z", "[a-z]*@x", "%F@x", "^a"]
+
+
+class Run:
+    """What a command printed, and its exit status."""
+
+    def __init__(
+        self, text: str, sender: str = "a@b", recipients: Iterable[str] = ("c@d",), stdin: bytes = b""
+    ) -> None:
+        command = msmtpd.Command(text, os.environb)
+        source, sink = os.pipe()
+        os.write(sink, stdin)
+        os.close(sink)
+        reader, writer = os.pipe()
+        pid = command.start(sender.encode(), [r.encode() for r in recipients], source, writer)
+        os.close(source)
+        os.close(writer)
+        with os.fdopen(reader, "rb") as output:
+            self.output = output.read().decode()
+        self.status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+PRINTF = "/usr/bin/printf"
+SHOW = f"{PRINTF} <%s>"  # needs no shell but for its brackets
+
+COMMANDS = [  # command, what it prints for sender a@b and recipients c@d e@f
+    (f"{PRINTF} %s, -f %F --", "-f,a@b,--,c@d,e@f,"),
+    (f"{PRINTF} %s, --from=%F", "--from=a@b,c@d,e@f,"),
+    (f"{PRINTF} %s, %F %F", "a@b,%F,c@d,e@f,"),
+    (f"{PRINTF} %s,", "c@d,e@f,"),
+    ("printf %s, -f %F --", "-f,a@b,--,c@d,e@f,"),
+    ("  printf   %s,\t%F ", "a@b,c@d,e@f,"),
+    ("printf '%s,' %F", "a@b,c@d,e@f,"),
+    ("printf '%s,' \"%F\"", "a@b,c@d,e@f,"),
+    ("printf '%s,' '%F'", "a@b,c@d,e@f,"),
+    ("printf '%s,' x%Fy 'x%Fy'", "xa@by,x%Fy,c@d,e@f,"),
+    ("printf '%s,' \"x%Fy\"", "xa@by,c@d,e@f,"),
+    ("printf '%s,' \\' %F", "',a@b,c@d,e@f,"),
+    ("printf '%s,' \"'\" %F", "',a@b,c@d,e@f,"),
+    ("printf '%s,' \"$MSMTPD_SENDER\" -- ", "a@b,--,c@d,e@f,"),
+    ("env printf %s, %F; echo", "a@b,c@d e@f\n"),
+    ("exec printf %s, %F", "a@b,c@d,e@f,"),
+    ("X=1 printf %s, %F", "a@b,c@d,e@f,"),
+    ("sh -c 'printf %%s, %F \"$@\"' sh", "a@b,c@d,e@f,"),
+    ('sh -c "printf %%s, %F"', "a@b,"),
+    ("for i in 1 2; do echo $i; done; echo", "1\n2\nc@d e@f\n"),
+]
+
+
+@pytest.mark.parametrize("text, expected", COMMANDS)
+def test_command_line(text: str, expected: str) -> None:
+    assert Run(text.replace("%%", "%"), "a@b", ("c@d", "e@f")).output == expected
+
+
+def test_a_shell_runs_only_where_it_is_needed() -> None:
+    direct = ["cat", f"{PRINTF} %s %F", "/bin/cat", "cat --x=%F a:b,c"]
+    shell = ["cat > x", "cat; echo", "a | b", "'cat'", "exec cat", "no-such-program", "X=1 cat", "~/cat", "cat $X"]
+    commands = {text: msmtpd.Command(text, {}) for text in (*direct, *shell, "./nothing", "/tmp")}
+    assert [text for text, command in commands.items() if command._program] == direct
+
+
+@pytest.mark.parametrize("address", HOSTILE)
+def test_hostile_addresses_arrive_as_they_are(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a@x", "x", "y@z", "b@x"):  # what a glob could find
+        (tmp_path / name).touch()
+    for text in (f"{PRINTF} %s, %F", "printf '%s,' %F", "printf '%s,' \"%F\"", "printf '%s,' '%F'"):
+        assert Run(text, address, (address, "c@d")).output == f"{address},{address},c@d,"
+        assert not msmtpd.Command(text, {}).reparsed
+
+
+REPARSED = [  # command, whether %F is part of a text that looks like a script
+    ("sh -c 'msmtp -f %F --'", True),
+    ('sh -c "msmtp -f %F --"', True),
+    ("sh -c 'cat\n%F'", True),
+    ("msmtp -f '%F' --", False),
+    ('msmtp -f "%F" --', False),
+    ("msmtp '--from=%F' 'a b'", False),
+    ("msmtp 'a b' %F", False),
+    ("sh -c 'a b'", False),
+]
+
+
+@pytest.mark.parametrize("text, reparsed", REPARSED)
+def test_a_script_in_quotes_takes_only_addresses_that_mean_nothing_to_a_shell(text: str, reparsed: bool) -> None:
+    assert msmtpd.Command(text, {}).reparsed is reparsed
+    for address in HOSTILE:
+        assert msmtpd.is_plain(address.encode()) == (not set(address) & set("'*?{}~#![]^"))
+
+
+def test_the_null_sender_is_mailer_daemon_for_the_command() -> None:
+    assert Run(f"{PRINTF} %s, %F", "").output == "MAILER-DAEMON,c@d,"
+    assert Run("echo $MSMTPD_SENDER").output == "MAILER-DAEMON c@d\n".replace("MAILER-DAEMON", "a@b")
+
+
+def test_the_command_gets_its_input_and_a_clean_place_to_run_in() -> None:
+    previous = [signal.signal(number, signal.SIG_IGN) for number in (signal.SIGPIPE, signal.SIGHUP)]
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        assert Run("cat; :", stdin=b"mail").output == "mail"
+        masks = [int(word, 16) for word in Run("grep -E 'SigBlk|SigIgn' /proc/self/status; :").output.split()[1::2]]
+        assert [number for number in signal.valid_signals() for mask in masks if mask >> (number - 1) & 1] == []
+        # its own session and process group
+        stat = "read -r pid name state parent group session rest < /proc/$$/stat"
+        pid, pgid, sid = Run(f"{stat}; echo $pid $group $session; :").output.split()
+        assert pid == pgid == sid != str(os.getsid(0))
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+        for number, handler in zip((signal.SIGPIPE, signal.SIGHUP), previous):
+            signal.signal(number, handler)
+
+
+def test_a_script_without_interpreter_line_is_run_by_the_shell(tmp_path: Path) -> None:
+    program = tmp_path / "script"
+    program.write_text("echo ran $1 $2\n")
+    program.chmod(0o755)
+    assert Run(f"{program} %F").output == "ran a@b c@d\n"
+
+
+def test_a_program_that_has_gone_since_the_start_is_an_error(tmp_path: Path) -> None:
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    command = msmtpd.Command(str(program), {})
+    program.unlink()
+    with pytest.raises(FileNotFoundError):
+        command.start(b"a@b", [b"c@d"], 0, 1)
+
+
+JUDGED = [(0, "250"), (1, "554"), (2, "554"), (64, "554"), (65, "554"), (67, "554"), (68, "451"), (69, "451")]
+JUDGED += [(70, "554"), (71, "451"), (72, "554"), (74, "554"), (75, "451"), (76, "554"), (77, "554"), (78, "554")]
+JUDGED += [(125, "554"), (126, "451"), (127, "451"), (128, "554"), (129, "451"), (143, "451"), (159, "451")]
+JUDGED += [(160, "554"), (255, "554"), (-9, "451"), (-15, "451")]
+
+
+@pytest.mark.parametrize("status, code", JUDGED)
+def test_exit_status_to_reply(status: int, code: str) -> None:
+    found, text = msmtpd.judge(status)
+    assert found[:3].decode() == code
+    assert re.search(r"Ok|signal \d+$|exit status \d+( \(EX_[A-Z]+\))?", text)
+
+
+def test_the_reply_says_what_happened_and_what_the_command_said() -> None:
+    output = b"msmtp: recipient address x@y not accepted by the server\nmsmtp: server message: 550 no\n"
+    output += b"\nmsmtp: could not send mail\n"
+    assert msmtpd.failure_reply(b"554 5.3.0", "Command failed with exit status 65 (EX_DATAERR)", output, False) == (
+        b"554-5.3.0 Command failed with exit status 65 (EX_DATAERR)\r\n"
+        b"554-5.3.0 msmtp: recipient address x@y not accepted by the server\r\n"
+        b"554-5.3.0 msmtp: server message: 550 no\r\n"
+        b"554 5.3.0 msmtp: could not send mail\r\n"
+    )
+
+
+OUTPUTS = [  # what the command printed, the lines of the reply, with SMTPUTF8 or without
+    (b"", [], False),
+    (b"one", ["one"], False),
+    (b"1\n2\n3\n4\n5\n6\n7\n", ["3", "4", "5", "6", "7"], False),
+    (b"a\tb \r\n\r\n\x1b[31mred\x07", ["a b", "?[31mred?"], False),
+    ("grün\n".encode(), ["gr?n"], False),
+    ("grün \u202e\n".encode(), ["grün ?"], True),
+    (b"\xff\xfe\n", ["??"], False),
+    (b"250 Ok\r\n250 2.0.0 Ok\r\n", ["250 Ok", "250 2.0.0 Ok"], False),
+]
+
+
+@pytest.mark.parametrize("output, lines, utf8", OUTPUTS)
+def test_output_is_cleaned_for_the_reply(output: bytes, lines: list[str], utf8: bool) -> None:
+    reply = msmtpd.failure_reply(b"451 4.3.0", "x", output, utf8).decode()
+    assert [line[10:] for line in reply.splitlines()] == ["x", *lines]
+    assert all(line.startswith(("451-4.3.0 ", "451 4.3.0 ")) for line in reply.splitlines())
+
+
+def test_reply_lines_have_at_most_512_octets_and_no_broken_character() -> None:
+    for text in ("x" * 2000, "ü" * 2000, "€" * 2000):
+        reply = msmtpd.failure_reply(b"451 4.3.0", "x", text.encode(), True)
+        assert 500 < max(map(len, reply.splitlines(True))) <= 512
+        reply.decode()
+
+
+# ---- Log -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (b"plain <a@b>", "plain <a@b>"),
+        (b"a\nb\r\0\x1b[0m", r"a\nb\r\x00\x1b[0m"),
+        (b"back\\slash", r"back\\slash"),
+        ("é".encode(), r"\xc3\xa9"),
+        (b"x" * 600, "x" * 512 + "..."),
+        (b"\0" * 200, r"\x00" * 128 + "..."),
+    ],
+)
+def test_text_from_outside_is_escaped_and_cut(text: bytes, expected: str) -> None:
+    assert msmtpd.printable(text) == expected
+
+
+LINE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2} msmtpd\[[0-9]+\] (info|warning|error): .*\n")
+
+
+def test_a_log_file_gets_lines_and_is_followed_when_it_moves(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    log = msmtpd.open_log(str(path), inetd=False)
+    log.write("info", "one")
+    path.rename(tmp_path / "old")
+    log.write("warning", "two")
+    (tmp_path / "older").write_bytes(path.read_bytes())
+    path.unlink()
+    log.reopen()
+    log.write("error", "three")
+    assert (tmp_path / "old").read_text().endswith("info: one\n")
+    assert (tmp_path / "older").read_text().endswith("warning: two\n")
+    assert LINE.fullmatch(path.read_text()) and path.read_text().endswith("error: three\n")
+
+
+def test_a_log_that_cannot_be_written_is_no_reason_to_fail(tmp_path: Path) -> None:
+    log = msmtpd.open_log("/dev/full", inetd=False)
+    log.write("info", "lost")
+    directory = tmp_path / "directory"
+    directory.mkdir()
+    log = msmtpd.open_log(str(directory / "log"), inetd=False)
+    shutil.rmtree(directory)
+    log.write("info", "nowhere")
+    log.reopen()
+
+
+def test_a_log_file_that_cannot_be_opened_is_replaced_by_syslog(capfd: pytest.CaptureFixture[str]) -> None:
+    log = msmtpd.open_log("/nowhere/log", inetd=False)
+    assert isinstance(log._sink, msmtpd.SyslogSink)
+    assert "cannot open log file '/nowhere/log'" in capfd.readouterr().err
+    msmtpd.open_log("/nowhere/log", inetd=True)
+    assert capfd.readouterr().err == ""
+
+
+def test_syslog_gets_the_facility_and_the_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    import syslog
+
+    lines: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(syslog, "openlog", lambda *arguments: lines.append(arguments))
+    monkeypatch.setattr(syslog, "syslog", lambda *arguments: lines.append(arguments))
+    log = msmtpd.open_log("syslog", inetd=False)
+    log.write("error", "text")
+    assert lines == [("msmtpd", syslog.LOG_PID, syslog.LOG_MAIL), (syslog.LOG_ERR, "text")]
+
+
+# ---- Event loop ------------------------------------------------------------
+
+
+class Clock:
+    """A clock that stands until it is set."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class FakeTask:
+    def __init__(self, loop: msmtpd.Loop, name: str, calls: list[str], due: float = msmtpd.NEVER) -> None:
+        self.loop, self.name, self.calls, self.due_at = loop, name, calls, due
+
+    def ready(self, descriptor: int, events: int) -> None:
+        self.calls.append(f"{self.name} ready {events}")
+        if self.name == "bad":
+            raise ValueError("deliberate")
+
+    def resume(self) -> None:
+        self.calls.append(f"{self.name} resumed")
+
+    def due(self) -> float:
+        return self.due_at
+
+    def expire(self) -> None:
+        self.calls.append(f"{self.name} expired")
+        self.loop.remove_timed(self)
+
+    def crash(self) -> None:
+        self.calls.append(f"{self.name} crashed")
+
+
+class ListSink:
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def write(self, level: str, text: str) -> None:
+        self.lines.append(f"{level}: {text}")
+
+
+@pytest.fixture(params=["selectors", "inetd"])
+def loop(request: pytest.FixtureRequest) -> msmtpd.Loop:
+    selector = selectors.DefaultSelector() if request.param == "selectors" else msmtpd.SmallSelector()
+    return msmtpd.Loop(selector, msmtpd.Log(ListSink()), Clock())
+
+
+def test_the_loop_reports_what_is_ready_while_it_is_watched(loop: msmtpd.Loop) -> None:
+    left, right = socket.socketpair()
+    calls: list[str] = []
+    task = FakeTask(loop, "task", calls)
+    with left, right:
+        loop.watch(left.fileno(), msmtpd.WRITE, task)
+        loop.turn()
+        right.send(b"x")
+        loop.watch(left.fileno(), msmtpd.READ, task)
+        loop.turn()
+        loop.watch(left.fileno(), 0, task)
+        loop.resume_later(task)
+        loop.turn()
+    assert calls == ["task ready 2", "task ready 1", "task resumed"]
+
+
+def test_tasks_expire_when_they_are_due_and_not_before(loop: msmtpd.Loop) -> None:
+    calls: list[str] = []
+    early, late = (FakeTask(loop, name, calls, due) for name, due in (("early", 1010.0), ("late", 1020.0)))
+    for task in (late, early):
+        loop.add_timed(task)
+    loop.resume_later(late)
+    loop.turn()
+    loop._clock.now = 1010.0
+    loop.turn()
+    late.due_at = 1030.0  # moved away: the timer that fires at 1020 finds nothing
+    loop._clock.now = 1020.0
+    loop.turn()
+    assert calls == ["late resumed", "early expired"]
+    late.due_at = 1025.0
+    loop.schedule(1025.0)
+    loop._clock.now = 1025.0
+    loop.turn()
+    assert calls[-1] == "late expired" and loop._wake_at == msmtpd.NEVER
+
+
+def test_an_exception_ends_its_task_and_is_logged(loop: msmtpd.Loop) -> None:
+    calls: list[str] = []
+    left, right = socket.socketpair()
+    with left, right:
+        loop.watch(left.fileno(), msmtpd.WRITE, FakeTask(loop, "bad", calls))
+        loop.watch(right.fileno(), msmtpd.WRITE, FakeTask(loop, "good", calls))
+        loop.turn()
+    assert sorted(calls) == ["bad crashed", "bad ready 2", "good ready 2"]
+    lines = loop._log._sink.lines
+    assert lines[0] == "error: Traceback (most recent call last):" and lines[-1] == "error: ValueError: deliberate"
+
+
+# ---- Command line ----------------------------------------------------------
+
+PARSED = [
+    (["--port", "2500"], {"port": 2500}),
+    (["--port=2500"], {"port": 2500}),
+    (["--po", "2500", "--int", "::1"], {"port": 2500, "interfaces": ["::1"]}),
+    (["--interface=127.0.0.1", "--interface=::1"], {"interfaces": ["127.0.0.1", "::1"]}),
+    (["--inetd"], {"inetd": True}),
+    (["--log=/x", "--log=syslog"], {"log": "syslog"}),
+    (["--auth=joe,pass show x,y"], {"auth": "joe,pass show x,y"}),
+    (["--command", "--version"], {"command": "--version"}),
+    (["--max-size=1"], {"max_size": 1}),
+    (["--port=1", "--"], {"port": 1}),
+    ([], {"port": 25, "interfaces": ["127.0.0.1"], "log": "none", "auth": "", "inetd": False}),
+    ([], {"command": "msmtp -f %F --", "max_size": 100 * 1024 * 1024}),
+]
+
+
+@pytest.mark.parametrize("arguments, expected", PARSED)
+def test_options(arguments: list[str], expected: dict[str, Any]) -> None:
+    options = msmtpd.Options(arguments)
+    assert {name: getattr(options, name) for name in expected} == expected
+
+
+REJECTED = [  # command line, what the message says
+    (["--bogus"], "unknown option '--bogus'"),
+    (["--"  "bogus=1"], "unknown option '--bogus'"),
+    (["--in"], "--in is ambiguous: --inetd, --interface"),
+    (["-p", "25"], "unexpected argument '-p'"),
+    (["extra"], "unexpected argument 'extra'"),
+    (["--", "extra"], "unexpected argument '--'"),
+    (["--port"], "--port needs an argument"),
+    (["--port="], "--port needs an argument"),
+    (["--command", ""], "--command needs an argument"),
+    (["--inetd=yes"], "--inetd takes no argument"),
+    (["--port=0"], "from 1 to 65535, not '0'"),
+    (["--port=65536"], "from 1 to 65535"),
+    (["--port=smtp"], "from 1 to 65535, not 'smtp'"),
+    (["--port=-1"], "from 1 to 65535"),
+    (["--port=²"], "from 1 to 65535"),
+    (["--max-size=10M"], "from 1 to 9223372036854775807, not '10M'"),
+    (["--auth=,x"], "--auth needs a user name"),
+    (["--auth=joe,"], "--auth needs a user name"),
+    (["--=x"], "unknown option '--'"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", REJECTED)
+def test_a_wrong_option_is_named_in_one_line(arguments: list[str], message: str) -> None:
+    with pytest.raises(msmtpd.StartupError) as error:
+        msmtpd.Options(arguments)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+# ---- As a user starts it: the process --------------------------------------
+
+RECORD = r"""#!/bin/sh
+# Keeps its arguments and its standard input.  The second file appears last.
+name="$MAILS/$$.$(date +%N)"
+printf '%s\0' "$@" > "$name.argv"
+cat > "$name.part"
+mv "$name.part" "$name.mail"
+"""
+
+
+class Box:
+    """A directory with a command that keeps each mail in it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        directory.mkdir(exist_ok=True)
+        self.record = directory / "record"
+        self.record.write_text(RECORD)
+        self.record.chmod(0o755)
+        self.command = f"{self.record} -f %F --"
+        self.environment = {**os.environ, "MAILS": str(directory)}
+
+    def mails(self) -> list[tuple[list[str], bytes]]:
+        """Return the arguments and the content of every mail, without its Received field."""
+        found = []
+        for path in sorted(self.directory.glob("*.mail"), key=lambda path: path.stat().st_mtime_ns):
+            arguments = path.with_suffix(".argv").read_bytes().split(b"\0")[:-1]
+            found.append(([a.decode() for a in arguments], without_received(path.read_bytes())))
+        return found
+
+
+def without_received(mail: bytes) -> bytes:
+    """Take the Received field of this hop away, which must be there."""
+    assert mail.startswith(b"Received: from "), mail[:80]
+    end = re.search(rb"\n(?![ \t])", mail)
+    assert end is not None
+    return mail[end.end() :]
+
+
+@pytest.fixture
+def box(tmp_path: Path) -> Box:
+    return Box(tmp_path / "box")
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as sock:
+        sock.bind((host, 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+class Daemon:
+    """A running msmtpd, started as its users do; ready when it says so to systemd's socket."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *options: str,
+        program: tuple[str, ...] = (*PYTHON, str(PROGRAM)),
+        environment: dict[str, str] | None = None,
+        host: str = "127.0.0.1",
+        **popen: Any,
+    ) -> None:
+        self.host, self.port = host, free_port(host)
+        self.log_path = directory / f"log.{self.port}"
+        notify = directory / f"n{self.port}"
+        self.options = [f"--port={self.port}", f"--interface={host}", "--log=stderr", *options]
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready, open(self.log_path, "wb") as log:
+            ready.bind(str(notify))
+            ready.settimeout(20)
+            popen.setdefault("stderr", log)
+            self.process = subprocess.Popen(
+                [*program, *self.options],
+                env={**(environment or os.environ), "NOTIFY_SOCKET": str(notify)},
+                stdin=subprocess.DEVNULL,
+                **popen,
+            )
+            try:
+                assert ready.recv(100) == b"READY=1"
+            except socket.timeout:
+                raise AssertionError(self.log()) from None
+
+    def log(self) -> str:
+        return self.log_path.read_text()
+
+    def smtp(self, **options: Any) -> smtplib.SMTP:
+        return smtplib.SMTP(self.host, self.port, local_hostname="client.example", timeout=20, **options)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection((self.host, self.port), timeout=20)
+
+    def talk(self, octets: bytes) -> bytes:
+        """Send octets and the end, and return all replies."""
+        with self.connect() as sock:
+            sock.sendall(octets)
+            sock.shutdown(socket.SHUT_WR)
+            return read_all(sock)
+
+    def descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def children(self) -> list[int]:
+        """Return the process ids of the children, zombies too."""
+        pid = self.process.pid
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """End it by a signal, within the seconds that are granted to a drain, and return its status."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(20)
+
+
+def read_all(sock: socket.socket) -> bytes:
+    octets = b""
+    while data := sock.recv(65536):
+        octets += data
+    return octets
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
+    """Start daemons that end with the test."""
+    daemons: list[Daemon] = []
+
+    def starter(*options: str, **more: Any) -> Daemon:
+        daemons.append(Daemon(tmp_path, *options, **more))
+        return daemons[-1]
+
+    yield starter
+    for daemon in daemons:
+        if daemon.process.poll() is None:
+            daemon.process.kill()
+            daemon.process.wait()
+
+
+MAIL = b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\nSubject: test\r\n\r\nhello\r\n.\r\n"
+CONTENT = b"Subject: test\n\nhello\n"
+
+
+def codes(replies: bytes) -> list[int]:
+    """Return the codes of the replies, once for a reply of many lines."""
+    return [int(line[:3]) for line in replies.splitlines() if line[3:4] == b" "]
+
+
+def test_a_mail_arrives_with_its_envelope_and_a_received_field(start: Callable[..., Daemon], box: Box) -> None:
+    daemon = start(f"--command={box.command}", environment=box.environment)
+    assert codes(daemon.talk(MAIL + b"QUIT\r\n")) == [220, 250, 250, 250, 354, 250, 221]
+    assert box.mails() == [(["-f", "a@b", "--", "c@d"], CONTENT)]
+    assert daemon.stop() == 0
+
+
+def test_the_command_inherits_only_descriptors_0_to_2(start: Callable[..., Daemon], tmp_path: Path) -> None:
+    leak = os.open(os.devnull, os.O_RDONLY)
+    os.set_inheritable(leak, True)
+    daemon = start(f"--command=ls /proc/self/fd > {tmp_path}/fds; :", pass_fds=(leak,))
+    os.close(leak)
+    assert codes(daemon.talk(MAIL))[-1] == 250
+    assert (tmp_path / "fds").read_text().split() == ["0", "1", "2", "3"]  # 3 is its own, of the directory
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_addresses_are_in_the_received_field(host: str, start: Callable[..., Daemon], tmp_path: Path) -> None:
+    daemon = start(f"--command=cat > {tmp_path}/mail; :", host=host)
+    daemon.talk(MAIL)
+    literal = f"[IPv6:{host}]" if ":" in host else f"[{host}]"
+    received = (tmp_path / "mail").read_bytes().partition(b";")[0].decode()
+    assert received == f"Received: from x ({literal})\n\tby {literal} (msmtpd) with ESMTP"
+
+
+def test_several_interfaces(start: Callable[..., Daemon]) -> None:
+    daemon = start("--interface=::1", "--interface=127.0.0.2", "--command=cat > /dev/null; :")
+    for host in ("127.0.0.1", "::1", "127.0.0.2"):
+        with socket.create_connection((host, daemon.port), timeout=5) as sock:
+            assert sock.recv(100) == msmtpd.GREETING
+    assert "on 127.0.0.1 port" in daemon.log() and "::1 port" in daemon.log()
+
+
+def test_many_mails_in_a_session_and_pipelined(start: Callable[..., Daemon], box: Box) -> None:
+    daemon = start(f"--command={box.command}", environment=box.environment)
+    again = MAIL.partition(b"\r\n")[2]
+    replies = codes(daemon.talk(MAIL + again * 2 + b"NOOP\r\nRSET\r\n" + again + b"QUIT\r\n"))
+    mail = [250, 250, 354, 250]
+    assert replies == [220, 250, *mail * 3, 250, 250, *mail, 221]
+    assert box.mails() == [(["-f", "a@b", "--", "c@d"], CONTENT)] * 4
+
+
+def test_dot_quit_and_end_in_one_go_as_exim_sends_them(start: Callable[..., Daemon], box: Box) -> None:
+    daemon = start(f"--command={box.command}", environment=box.environment)
+    with daemon.connect() as sock:
+        sock.sendall(MAIL[:-3])
+        while not sock.recv(1000).endswith(b"354 Send data\r\n"):
+            pass
+        sock.sendall(b".\r\nQUIT\r\n")
+        sock.shutdown(socket.SHUT_WR)
+        assert codes(read_all(sock)) == [250, 221]
+    assert len(box.mails()) == 1
+
+
+def test_a_command_that_does_not_read_its_input_does_not_show(start: Callable[..., Daemon]) -> None:
+    """The reason must reach the client, however big the mail is."""
+    daemon = start("--command=echo too bad; exit 65; :")
+    body = b"x" * 78 + b"\r\n"
+    replies = daemon.talk(MAIL[:-3] + body * 100_000 + b".\r\nQUIT\r\n")
+    assert codes(replies) == [220, 250, 250, 250, 354, 554, 221]
+    assert b"554 5.3.0 too bad\r\n" in replies
+
+
+def test_nothing_that_the_command_prints_reaches_the_session_after_success(start: Callable[..., Daemon]) -> None:
+    daemon = start("--command=echo 550 nonsense; echo 421 >&2; :")
+    assert b"nonsense" not in daemon.talk(MAIL + b"NOOP\r\n")
+
+
+def test_a_command_that_is_not_there_is_temporary_and_says_so(start: Callable[..., Daemon]) -> None:
+    replies = start("--command=no-such-program -f %F --").talk(MAIL + b"QUIT\r\n")
+    assert codes(replies)[-2:] == [451, 221]
+    assert b"exit status 127" in replies and b"no-such-program" in replies
+
+
+def test_one_log_line_tells_all_about_a_mail(start: Callable[..., Daemon]) -> None:
+    daemon = start("--command=echo because; exit 75; :")
+    daemon.talk(MAIL + b"QUIT\r\n")
+    daemon.connect().close()  # a health check says nothing
+    daemon.stop()
+    lines = daemon.log().splitlines(True)
+    assert all(LINE.fullmatch(line) for line in lines)
+    assert [line.partition("]: ")[2] for line in lines if "session 1 " in line] == [
+        "mail from=<a@b> to=<c@d> count=1 size=24 reply=451 seconds=0.000"
+        " result=Command failed for now with exit status 75 (EX_TEMPFAIL)\n".replace("0.000", _seconds(lines)),
+        "command said: because\n",
+    ]
+    assert "session 2 " not in daemon.log()
+    first = lines[0].partition("info: ")[2]
+    assert first == (
+        f"msmtpd {msmtpd.__version__} on 127.0.0.1 port {daemon.port}, no authentication,"
+        " command: echo because; exit 75; :\n"
+    )
+
+
+def _seconds(lines: list[str]) -> str:
+    found = re.search(r"seconds=([0-9]+\.[0-9]{3}) ", "".join(lines))
+    assert found is not None
+    return found[1]
+
+
+def test_a_failed_login_is_logged_in_a_fixed_form_and_nothing_secret_is(start: Callable[..., Daemon]) -> None:
+    daemon = start("--auth=joe,echo secret", "--command=cat > /dev/null; :")
+    wrong = f"AUTH PLAIN {b64(b'%cjoe%cgue55ed' % (0, 0))}\r\n".encode()
+    assert codes(daemon.talk(b"EHLO x\r\n" + wrong + b"MAIL FROM:<a@b>\r\nQUIT\r\n")) == [220, 250, 535, 530, 221]
+    daemon.stop()
+    assert "warning: session 1 [127.0.0.1]: authentication failed\n" in daemon.log()
+    assert "authentication as joe" in daemon.log()
+    for secret in ("secret", "gue55ed", wrong.split()[2].decode()):
+        assert secret not in daemon.log()
+
+
+def test_without_a_log_the_commands_output_goes_to_standard_error(start: Callable[..., Daemon]) -> None:
+    daemon = start("--log=none", "--command=echo hello; :")
+    daemon.talk(MAIL)
+    daemon.stop()
+    assert daemon.log() == "hello\n"
+
+
+def test_restart_on_the_same_port_at_once(start: Callable[..., Daemon]) -> None:
+    """Even with a session open, and a command that lingers."""
+    daemon = start("--command=sleep 20 & :")
+    lingering = daemon.connect()
+    lingering.sendall(MAIL)
+    while b"was piped" not in lingering.recv(1000):
+        pass
+    daemon.process.terminate()
+    with lingering:
+        assert lingering.recv(1000) == msmtpd.SHUTTING_DOWN
+    assert daemon.process.wait(20) == 0
+    again = subprocess.Popen([*PYTHON, str(PROGRAM), f"--port={daemon.port}", "--command=cat"], stderr=subprocess.PIPE)
+    try:
+        assert _greeting(daemon.port) == msmtpd.GREETING
+    finally:
+        again.terminate()
+        assert again.communicate()[1] == b"" and again.returncode == 0
+
+
+def _greeting(port: int) -> bytes:
+    """Return the first line of whoever listens on a port, as soon as someone does."""
+    end = time.monotonic() + 20
+    while True:
+        try:
+            with socket.create_connection(("127.0.0.1", port), timeout=5) as sock:
+                return sock.recv(100)
+        except ConnectionRefusedError:
+            assert time.monotonic() < end
+
+
+def test_a_login_is_answered_late_after_a_failure_and_nobody_else_waits(start: Callable[..., Daemon]) -> None:
+    """The one test in real time."""
+    daemon = start("--auth=joe,echo secret", "--command=cat > /dev/null; :")
+    with daemon.connect() as bad, daemon.connect() as other:
+        bad.sendall(b"EHLO x\r\nAUTH PLAIN AGEAYQ==\r\n")
+        while b"535 " not in bad.recv(1000):
+            pass
+        begun = time.monotonic()
+        bad.sendall(JOE.encode() + b"\r\nQUIT\r\n")
+        other.sendall(b"NOOP\r\nQUIT\r\n")
+        assert codes(read_all(other)) == [220, 250, 221]
+        assert time.monotonic() - begun < 0.9
+        assert codes(read_all(bad)) == [235, 221]
+        assert 1.0 <= time.monotonic() - begun < 5
+
+
+# Start-up errors
+
+STARTUP_ERRORS = [  # options, what the one line says
+    (["--bogus"], "unknown option '--bogus'; see --help"),
+    (["--port=99999"], "--port needs a number from 1 to 65535, not '99999'"),
+    (["--interface=localhost"], "--interface needs an IPv4 or IPv6 address, not 'localhost'"),
+    (["--interface=1.2.3.4.5"], "--interface needs an IPv4 or IPv6 address"),
+    (["--interface=192.0.2.1", "--port=2500"], "this machine has no such address, see --interface"),
+    (["--auth=joe,exit 3"], "the password command of --auth failed with exit status 3: exit 3"),
+    (["--auth=joe,:"], "the password command of --auth printed no password: :"),
+    (["--auth=joe,echo"], "the password command of --auth printed no password: echo"),
+    (["--auth=joe"], "no password for joe in the key ring and no terminal to ask for it; use --auth=joe,command"),
+    (["--inetd", "--auth=joe"], "no password for joe in the key ring"),
+]
+
+
+def run_program(*options: str, **more: Any) -> subprocess.CompletedProcess[str]:
+    more = {"stdin": subprocess.DEVNULL, "timeout": 20, "start_new_session": True, **more}
+    command = [*PYTHON, str(PROGRAM), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **more)
+
+
+@pytest.mark.parametrize("options, message", STARTUP_ERRORS)
+def test_a_start_up_error_is_one_line_and_exit_status_3(options: list[str], message: str) -> None:
+    result = run_program(*options)
+    assert result.returncode == 3 and result.stdout == ""
+    assert result.stderr.startswith("msmtpd: ") and result.stderr.count("\n") == 1
+    assert message in result.stderr
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        port = sock.getsockname()[1]
+        result = run_program(f"--port={port}")
+    assert result.returncode == 3
+    assert result.stderr == (
+        f"msmtpd: cannot listen on 127.0.0.1 port {port}: Address already in use;"
+        " another server is there already, try another --port\n"
+    )
+
+
+def test_a_privileged_port_names_the_cure() -> None:
+    if os.geteuid():
+        result = run_program("--port=25")
+    else:
+        setpriv = [need("setpriv"), "--reuid=65534", "--clear-groups", "--bounding-set=-all", "--inh-caps=-all"]
+        result = subprocess.run(
+            [*setpriv, "/usr/bin/python3", "-I", "-S", "-", "--port=25"],
+            input=PROGRAM.read_text(),
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        )
+    assert result.returncode == 3
+    assert "Permission denied; below 1024 it takes root or CAP_NET_BIND_SERVICE, try --port=2500" in result.stderr
+
+
+def test_version_and_help() -> None:
+    assert run_program("--version").stdout == f"msmtpd {msmtpd.__version__}\n"
+    assert run_program("--help").stdout == msmtpd.HELP_TEXT
+    with open("/dev/full", "wb") as full:
+        result = subprocess.run([*PYTHON, str(PROGRAM), "--help"], stdout=full, stderr=subprocess.PIPE, check=False)
+    assert result.returncode == 3 and b"No space left" in result.stderr and result.stderr.count(b"\n") == 1
+
+
+def test_listening_beyond_loopback_is_warned_of(tmp_path: Path) -> None:
+    port = free_port()
+    dangers = {"": "anybody there can send mail", "--auth=joe,echo x": "passwords cross the network in the clear"}
+    for option, danger in dangers.items():
+        options = [f"--port={port}", "--interface=0.0.0.0", *option.splitlines()]
+        with subprocess.Popen([*PYTHON, str(PROGRAM), *options], stderr=subprocess.PIPE) as process:
+            assert process.stderr is not None
+            warning = process.stderr.readline().decode()
+            process.terminate()
+        assert warning.startswith(f"msmtpd: warning: listening on 0.0.0.0 port {port}") and danger in warning
+
+
+def test_it_runs_under_any_name_read_only_and_without_a_trace(tmp_path: Path) -> None:
+    copy = tmp_path / "mail server"
+    copy.write_bytes(PROGRAM.read_bytes())
+    copy.chmod(0o555)
+    tmp_path.chmod(0o555)
+    try:
+        result = subprocess.run([str(copy), "--version"], capture_output=True, check=True, cwd="/")
+    finally:
+        tmp_path.chmod(0o755)
+    assert result.stdout.startswith(b"msmtpd ") and list(tmp_path.iterdir()) == [copy]
+
+
+# ---- Inetd -----------------------------------------------------------------
+
+
+def inetd(
+    stdin: Any, stdout: Any, *options: str, stderr: Any = subprocess.PIPE, **more: Any
+) -> subprocess.Popen[bytes]:
+    command = [*PYTHON, str(PROGRAM), "--inetd", *options]
+    return subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr, **more)
+
+
+INETD_SESSIONS = [  # what the client sends, the replies, the exit status
+    (MAIL + b"QUIT\r\n", [220, 250, 250, 250, 354, 250, 221], 0),
+    (MAIL, [220, 250, 250, 250, 354, 250], 0),
+    (MAIL[:-3], [220, 250, 250, 250, 354], 1),
+    (b"EHLO x\r\nMAIL FROM:<a@b>\r\n", [220, 250, 250], 1),
+    (b"", [220], 0),
+    (b"NOOP", [220], 0),
+    (b"GET / HTTP/1.1\r\n\r\n", [220], 1),
+]
+
+
+@pytest.mark.parametrize("octets, replies, status", INETD_SESSIONS)
+@pytest.mark.parametrize("kind", ["socket", "pipes", "file"])
+def test_an_inetd_session(kind: str, octets: bytes, replies: list[int], status: int, box: Box, tmp_path: Path) -> None:
+    options = (f"--command={box.command}",)
+    if kind == "socket":
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            process = inetd(theirs, theirs, *options, env=box.environment)
+            theirs.close()
+            ours.sendall(octets)
+            ours.shutdown(socket.SHUT_WR)
+            output = read_all(ours)
+            error = process.communicate()[1]
+    elif kind == "pipes":
+        process = inetd(subprocess.PIPE, subprocess.PIPE, *options, env=box.environment)
+        output, error = process.communicate(octets)
+    else:
+        (tmp_path / "dialogue").write_bytes(octets)
+        with open(tmp_path / "dialogue", "rb") as stdin, open(tmp_path / "replies", "wb") as stdout:
+            process = inetd(stdin, stdout, *options, env=box.environment)
+            error = process.communicate()[1]
+        output = (tmp_path / "replies").read_bytes()
+    assert (codes(output), process.returncode, error) == (replies, status, b"")
+    assert box.mails() == [(["-f", "a@b", "--", "c@d"], CONTENT)] * replies[5:].count(250)
+
+
+def test_an_inetd_session_from_an_address_has_it_in_the_received_field(tmp_path: Path) -> None:
+    server = socket.create_server(("127.0.0.1", 0))
+    with server, socket.create_connection(server.getsockname(), timeout=20) as client:
+        accepted, _ = server.accept()
+        with accepted:
+            process = inetd(accepted, accepted, f"--command=cat > {tmp_path}/mail; :")
+        client.sendall(MAIL + b"QUIT\r\n")
+        assert codes(read_all(client))[-2:] == [250, 221]
+        assert process.wait(20) == 0
+    assert b"from x ([127.0.0.1])\n\tby [127.0.0.1] (msmtpd)" in (tmp_path / "mail").read_bytes()
+    process.communicate()
+
+
+NOISE = [  # options, what the client gets: replies and nothing else
+    (("--command=echo noise; echo noise >&2; exit 1; :",), [220, 250, 250, 250, 354, 554]),
+    (("--command=no-such-program",), [220, 250, 250, 250, 354, 451]),
+    (("--log=stderr", "--command=cat > /dev/null; :"), [220, 250, 250, 250, 354, 250]),
+    (("--log=/nowhere/log", "--command=cat > /dev/null; :"), [220, 250, 250, 250, 354, 250]),
+    (("--bogus",), []),
+    (("--auth=joe,echo noise >&2; exit 1",), []),
+    (("--auth=joe",), []),
+]
+
+
+@pytest.mark.parametrize("options, replies", NOISE)
+def test_nothing_but_smtp_is_written_where_descriptor_2_is_the_clients_socket(
+    options: tuple[str, ...], replies: list[int]
+) -> None:
+    ours, theirs = socket.socketpair()
+    with ours:
+        process = inetd(theirs, theirs, *options, stderr=theirs, start_new_session=True)
+        theirs.close()
+        try:
+            ours.sendall(MAIL)
+            ours.shutdown(socket.SHUT_WR)
+        except OSError:
+            assert not replies
+        try:
+            output = read_all(ours)
+        except ConnectionResetError:
+            output = b""
+        assert all(re.match(rb"[2-5][0-9]{2}[ -]", line) for line in output.splitlines())
+        assert codes(output) == replies and process.wait(20) == (0 if replies else 3)
+
+
+def test_an_inetd_session_on_a_terminal_leaves_it_as_it_was() -> None:
+    master, slave = pty.openpty()
+    process = inetd(slave, slave, stderr=slave)
+    os.write(master, b"QUIT\n")
+    assert process.wait(20) == 0
+    assert os.get_blocking(slave)
+    output = os.read(master, 1000)
+    assert b"220 localhost" in output and b"221 2.0.0 Bye" in output
+    os.close(master)
+    os.close(slave)
+
+
+def test_inetd_mode_delays_every_login() -> None:
+    begun = time.monotonic()
+    process = inetd(subprocess.PIPE, subprocess.PIPE, "--auth=joe,echo secret")
+    output, _ = process.communicate(b"EHLO x\r\n" + JOE.encode() + b"\r\nQUIT\r\n")
+    assert codes(output) == [220, 250, 235, 221] and time.monotonic() - begun >= 1
+
+
+def test_a_signal_ends_an_inetd_session_with_a_word() -> None:
+    process = inetd(subprocess.PIPE, subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == msmtpd.GREETING
+    process.terminate()
+    assert process.stdout.read() == msmtpd.SHUTTING_DOWN
+    process.communicate()
+    assert process.returncode == 1
