@@ -1671,10 +1671,6 @@ class Connection:
     def log(self, level: str, text: str) -> None:
         self._server.log.write(level, f"session {self._number} [{self._client or 'local'}]: {text}")
 
-    @property
-    def gone(self) -> bool:
-        return self._phase is CLOSED
-
     def _open_spool(self, name: bytes, protocol: str) -> Spool:
         address = self._sock.getsockname() if self._sock else ()
         server = address[0] if isinstance(address, tuple) and address else ""
@@ -2020,7 +2016,7 @@ class Delivery:
             "error" if failed else "info",
             f"mail from=<{printable(envelope.sender)}> to={recipients} count={len(envelope.recipients)}"
             f" size={self._mail.size} reply={reply[:3].decode()} seconds={self._server.loop.now - self._received:.3f}"
-            f" result={text}{', but the client has gone' * self._connection.gone}",
+            f" result={text}",
         )
         if failed:
             for line in self._tail.splitlines()[-MAX_OUTPUT_LINES:]:
@@ -2425,32 +2421,33 @@ def complain(text: str) -> None:
 # Start-up
 
 
-def protect_descriptors() -> bool:
+def protect_descriptors(inetd: bool) -> bool:
     """Give every descriptor its place; return whether standard error can be written to.
 
     0 to 2 shall be open, so that no file of ours becomes one of them.  Others
     that we have inherited are none of the command's business.  In inetd mode 2
-    may be the client's socket: nobody may write there, neither we nor Python.
+    may be the client's connection: nobody may write there, not even Python.
     """
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(descriptor, True)
-    os.close(descriptor)
+    while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(null, True)
+    shared = inetd and not os.isatty(2) and (os.path.sameopenfile(0, 2) or os.path.sameopenfile(1, 2))
+    if shared:
+        os.dup2(null, 2)
+    os.close(null)
+    for descriptor in inherited_descriptors():
+        try:
+            os.set_inheritable(descriptor, False)
+        except OSError:
+            pass  # the list's own, closed by now
+    return not shared
+
+
+def inherited_descriptors() -> list[int]:
     try:
-        inherited = [int(name) for name in os.listdir("/dev/fd")]
+        descriptors = [int(name) for name in os.listdir("/dev/fd")]
     except OSError:
-        inherited = list(range(256))
-    for descriptor in inherited:
-        if descriptor > 2:
-            try:
-                os.set_inheritable(descriptor, False)
-            except OSError:
-                pass  # listdir's own, closed by now
-    if not os.isatty(2) and os.path.sameopenfile(0, 2):
-        descriptor = os.open(os.devnull, os.O_RDWR)
-        os.dup2(descriptor, 2)
-        os.close(descriptor)
-        return False
-    return True
+        descriptors = list(range(256))
+    return [descriptor for descriptor in descriptors if descriptor > 2]
 
 
 def listening_sockets(options: Options) -> list[socket.socket]:
@@ -2543,7 +2540,8 @@ def serve_daemon(server: Server, options: Options) -> int:
     sockets = listening_sockets(options)
     where = ", ".join(describe(sock) for sock in sockets)
     user = "authentication as " + options.auth.partition(",")[0] if options.auth else "no authentication"
-    server.log.write("info", f"msmtpd {__version__} on {where}, {user}, command: {options.command}")
+    command = printable(os.fsencode(options.command))
+    server.log.write("info", f"msmtpd {__version__} on {where}, {user}, command: {command}")
     warn_if_exposed(sockets, options, server.log)
     server.mirror_output = server.log.silent
     server.listen(sockets, notify_systemd)
@@ -2579,7 +2577,9 @@ def build_server(options: Options) -> Server:
 
 def main() -> int:
     """Run msmtpd with the options in sys.argv and return its exit status."""
-    audible = protect_descriptors()
+    # Before the options are read: what is wrong with them must not reach a client.
+    inetd = any(len(word) > 4 and "--inetd".startswith(word) for word in sys.argv[1:])
+    audible = protect_descriptors(inetd)
     try:
         options = Options(sys.argv[1:])
         server = build_server(options)
