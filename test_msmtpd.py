@@ -199,9 +199,10 @@ def test_a_path_is_split_from_its_parameters(argument: str, path: str | None, re
         assert msmtpd.split_path(argument.encode(), b"FROM:", b"") == (path.encode(), rest.encode())
 
 
-GOOD_ADDRESSES = ["a", "root", "a@b", "a@b@c", "a.b.@c.", "o'brien@x", "a+b=c/d@x", "u%v@x", "x!y", "#?*{}~^[]@x"]
+GOOD_ADDRESSES = ["a", "root", "a@b", "a@b@c", "a.b.@c.", "o'brien@x", "a+b=c/d@x", "u%v@x", "x!y", "?#*{}~^[]@x"]
 GOOD_ADDRESSES += ["a,b:c@x", "a@[127.0.0.1]", "x" * 254]
-BAD_ADDRESSES = ["", "-a@b", "--", "x" * 255, "a b@c", "a\tb", "a\0b", "a\rb", "a\x7fb", "$(touch x)@b", "`x`@b"]
+BAD_ADDRESSES = ["", "-a@b", "--", "#a@b", "~root", "x" * 255, "a b@c", "a\tb", "a\0b", "a\rb", "a\x7fb"]
+BAD_ADDRESSES += ["$(touch x)@b", "`x`@b"]
 BAD_ADDRESSES += ["a;b", "a|b", "a&b", "a<b", "a>b", "a(b", "a)b", 'a"b', "a\\b", "$HOME", '"a b"@c']
 
 
@@ -422,7 +423,6 @@ RECEIVED = [
     ((b"x", "::1", "::1", "SMTP"), "from x ([IPv6:::1])", "[IPv6:::1]"),
     ((b"x", "", "", "ESMTPA"), "from x", "localhost"),
     ((b"[127.0.0.1]", "fe80::1%eth0", "", "SMTP"), "from [127.0.0.1] ([IPv6:fe80::1])", "localhost"),
-    ((b"::ffff", "::ffff:127.0.0.1", "", "SMTP"), "from ::ffff ([127.0.0.1])", "localhost"),
     ((b"a b\r\n\xc3\xa9;(x)", "", "", "SMTP"), "from a?b??????x?", "localhost"),
 ]
 
@@ -1099,8 +1099,9 @@ def fuzz_once(rng: random.Random) -> None:
     for _ in range(2):
         peer = Peer(policy)
         for piece in random_cuts(rng, octets):
-            if peer.closed is None:  # else a connection feeds no more
-                peer.feed(piece)
+            if peer.closed is not None:
+                break  # a connection feeds no more then
+            peer.feed(piece)
             assert len(peer.session._input) - peer.session._at <= msmtpd.MAX_AUTH_LINE + len(piece)
         replies = [re.sub("^S: 334 .*", "S: 334", event) for event in peer.events]
         assert all(re.match(r"S: [2-5]\d\d[ -]|S: 334|D: |X:$", reply) for reply in replies)
@@ -1125,7 +1126,7 @@ def test_fuzz_the_session() -> None:
 
 # ---- Delivery --------------------------------------------------------------
 
-HOSTILE = ["o'brien@x", "a'b'c@x", "*@x", "?", "{a,b}@x", "~root@x", "#x@y", "a=b@x", "x!y@z", "[a-z]*@x", "%F@x", "^a"]
+HOSTILE = ["o'brien@x", "a'b'c@x", "*@x", "?", "{a,b}@x", "r~oot@x", "x#@y", "a=b@x", "x!y@z", "[a-z]*@x", "%F@x", "^a"]
 
 
 class Run:
@@ -1177,6 +1178,16 @@ COMMANDS = [  # command, what it prints for sender a@b and recipients c@d e@f
 @pytest.mark.parametrize("text, expected", COMMANDS)
 def test_command_line(text: str, expected: str) -> None:
     assert Run(text.replace("%%", "%"), "a@b", ("c@d", "e@f")).output == expected
+
+
+UNCLEAR = ['echo "$(printf %s %F)"', "echo \"`printf '%F'`\"", "cat <<EOF\n%F\nEOF\n"]
+
+
+@pytest.mark.parametrize("text", UNCLEAR)
+def test_a_sender_in_a_place_with_unclear_quoting_is_refused_at_the_start(text: str) -> None:
+    with pytest.raises(msmtpd.StartupError):
+        msmtpd.Command(text, {})
+    assert Run(text.replace("%F", "$MSMTPD_SENDER").replace("'", "") + ":").output.startswith("a@b")
 
 
 def test_a_shell_runs_only_where_it_is_needed() -> None:
@@ -1846,6 +1857,9 @@ STARTUP_ERRORS = [  # options, what the one line says
     (["--auth=joe,echo"], "the password command of --auth printed no password: echo"),
     (["--auth=joe"], "no password for joe in the key ring and no terminal to ask for it; use --auth=joe,command"),
     (["--inetd", "--auth=joe"], "no password for joe in the key ring"),
+    (["--port=2599", "--command=cat 'x"], "--command is no valid shell command: "),
+    (["--port=2599", "--command=if %F"], "--command is no valid shell command: "),
+    (["--port=2599", '--command=: "$(: %F)"'], "%F stands in a here-document or a quoted substitution; use"),
 ]
 
 
