@@ -564,22 +564,13 @@ def decode_base64(text: bytes) -> bytes:
     return data
 
 
-class Mechanism:
-    """A SASL mechanism, and whether the client speaks first in it."""
-
-    __slots__ = ("client_first", "exchange")
-
-    def __init__(self, exchange: Callable[[Credentials], Exchange], client_first: bool) -> None:
-        self.exchange = exchange
-        self.client_first = client_first
-
-
-# The order is the one that EHLO offers: some clients take the first they know.
-MECHANISMS = {
-    b"PLAIN": Mechanism(auth_plain, True),
-    b"LOGIN": Mechanism(auth_login, True),
-    b"CRAM-MD5": Mechanism(auth_cram_md5, False),
-    b"SCRAM-SHA-256": Mechanism(auth_scram_sha_256, True),
+# The mechanisms, and whether the client speaks first in them.  The order is the
+# one that EHLO offers: some clients take the first they know.
+MECHANISMS: Mapping[bytes, tuple[Callable[[Credentials], Exchange], bool]] = {
+    b"PLAIN": (auth_plain, True),
+    b"LOGIN": (auth_login, True),
+    b"CRAM-MD5": (auth_cram_md5, False),
+    b"SCRAM-SHA-256": (auth_scram_sha_256, True),
 }
 
 
@@ -958,12 +949,13 @@ class Session:
         words = argument.split()
         if not 1 <= len(words) <= 2:
             raise Refused(AUTH_SYNTAX)
-        mechanism = MECHANISMS.get(words[0].upper())
-        if mechanism is None:
+        mechanism = words[0].upper()
+        if mechanism not in MECHANISMS:
             raise Refused(UNKNOWN_MECHANISM)
-        if len(words) == 2 and not mechanism.client_first:
+        exchange, client_first = MECHANISMS[mechanism]
+        if len(words) == 2 and not client_first:
             raise Refused(AUTH_SYNTAX)  # RFC 4954 section 4
-        self._exchange = mechanism.exchange(self._policy.credentials)
+        self._exchange = exchange(self._policy.credentials)
         challenge = next(self._exchange)
         if len(words) == 2:
             return self._respond(b"" if words[1] == b"=" else words[1])
@@ -1637,21 +1629,13 @@ def ip_address(name: object) -> str:
     return host[7:] if host.startswith("::ffff:") and "." in host else host
 
 
-class Phase:
-    """Where a connection is in its life."""
-
-    __slots__ = ("name",)
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-
-OPEN = Phase("open")  # reading commands or data, answering them
-PAUSED = Phase("paused")  # the throttle holds back an outcome
-DELIVERING = Phase("delivering")  # a delivery waits or runs
-CLOSING = Phase("closing")  # the last replies are being written
-DRAINING = Phase("draining")  # they are; what the client still sends is dropped
-CLOSED = Phase("closed")  # descriptors are closed
+# The phases of a connection's life
+OPEN = "open"  # reading commands or data, answering them
+PAUSED = "paused"  # the throttle holds back an outcome
+DELIVERING = "delivering"  # a delivery waits or runs
+CLOSING = "closing"  # the last replies are being written
+DRAINING = "draining"  # they are; what the client still sends is dropped
+CLOSED = "closed"  # descriptors are closed
 
 
 class Connection:
@@ -1704,7 +1688,7 @@ class Connection:
     # Input
 
     def ready(self, descriptor: int, events: int) -> None:
-        if self._phase is DRAINING:
+        if self._phase == DRAINING:
             self._drain()
         elif events & READ and self._wants_input():
             self._receive()
@@ -1712,7 +1696,7 @@ class Connection:
             self._go_on()
 
     def _wants_input(self) -> bool:
-        return self._phase is OPEN and not self._eof and len(self._output) <= OUTPUT_BUFFER
+        return self._phase == OPEN and not self._eof and len(self._output) <= OUTPUT_BUFFER
 
     def _receive(self) -> None:
         try:
@@ -1736,13 +1720,13 @@ class Connection:
         self._go_on()
 
     def resume(self) -> None:
-        if self._phase is not CLOSED:
+        if self._phase != CLOSED:
             self._go_on()
 
     def _go_on(self) -> None:
         """Perform what the session wants until it needs input, must wait, or its turn is over."""
         for _ in range(TURN_STEPS):
-            if self._phase is not OPEN or len(self._output) > OUTPUT_BUFFER:
+            if self._phase != OPEN or len(self._output) > OUTPUT_BUFFER:
                 break
             if not self._actions:
                 self._actions = self._next_actions()
@@ -1789,7 +1773,7 @@ class Connection:
 
     def delivered(self, reply: Reply) -> None:
         """Take the outcome of the session's delivery; its client may have gone."""
-        if self._phase is DELIVERING:
+        if self._phase == DELIVERING:
             self._phase = OPEN
             self._progress = self._server.loop.now
             self._actions = self._session.delivered(reply)
@@ -1807,7 +1791,7 @@ class Connection:
                 self._abandon()
                 return
             del self._output[:written]
-        if self._phase is CLOSING:
+        if self._phase == CLOSING:
             self._shut_down()
 
     def _watch(self) -> None:
@@ -1817,9 +1801,9 @@ class Connection:
         clients are silent now, and two system calls a mail are saved.  One
         that is not is taken out when its input shows.
         """
-        if self._phase is CLOSED:
+        if self._phase == CLOSED:
             return
-        reading = READ * (self._phase is DRAINING or self._wants_input())
+        reading = READ * (self._phase == DRAINING or self._wants_input())
         writing = WRITE * bool(self._output)
         if self._reader == self._writer:
             self._server.loop.watch(self._reader, reading | writing, self)
@@ -1830,15 +1814,15 @@ class Connection:
     # Time
 
     def due(self) -> float:
-        if self._phase is OPEN:
+        if self._phase == OPEN:
             return self._progress + self._server.patience
         return self._deadline
 
     def expire(self) -> None:
-        if self._phase is OPEN:
+        if self._phase == OPEN:
             self.log("warning" if self._session.in_transaction else "info", "client timed out")
             self._say_goodbye(TIMED_OUT)
-        elif self._phase is PAUSED:
+        elif self._phase == PAUSED:
             self._phase = OPEN
             self._go_on()
         else:
@@ -1848,11 +1832,11 @@ class Connection:
 
     def dismiss(self) -> None:
         """End a session that did not come to an end after the server's stop."""
-        if self._phase is OPEN or self._phase is PAUSED:
+        if self._phase == OPEN or self._phase == PAUSED:
             self._say_goodbye(SHUTTING_DOWN)
 
     def crash(self) -> None:
-        if self._phase is not CLOSED:
+        if self._phase != CLOSED:
             self._say_goodbye(INTERNAL_ERROR)
 
     def _say_goodbye(self, reply: Reply) -> None:
@@ -1895,12 +1879,12 @@ class Connection:
 
     def _abandon(self) -> None:
         """Forget a client that has vanished; its delivery, if there is one, goes on."""
-        if self._session.in_transaction and self._phase is OPEN:
+        if self._session.in_transaction and self._phase == OPEN:
             self.log("warning", "client vanished in the middle of a mail")
         self._forget()
 
     def _forget(self) -> None:
-        if self._phase is CLOSED:
+        if self._phase == CLOSED:
             return
         self._phase = CLOSED
         self._session.close()

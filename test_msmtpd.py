@@ -43,7 +43,8 @@ import pytest
 import msmtpd
 
 PROGRAM = Path(msmtpd.__file__).resolve()
-PYTHON = [sys.executable, "-I", "-S"]
+# How the program is started; .ci/run does so with the installed one, too.
+RUN = shlex.split(os.environ.get("MSMTPD_RUN", "")) or [sys.executable, "-I", "-S", str(PROGRAM)]
 
 
 # ---- Helpers ---------------------------------------------------------------
@@ -978,6 +979,13 @@ def test_line_length(length: int, reply: str) -> None:
         assert [event[3:6] for event in peer.events] == [reply, "250"]
 
 
+def test_the_rest_of_an_overlong_line_may_be_anything() -> None:
+    peer = Peer()
+    for piece in (b"x" * 5000, b"\xff\0" * 10, b"AUTH " + b"y" * 5000, b"GET / HTTP/1.1\r\n", b"NOOP\r\n"):
+        peer.feed(piece)
+    assert peer.events == ["S: 500 5.5.2 Line too long", "S: 250 2.0.0 Ok"]
+
+
 def test_twenty_errors_without_a_mail_end_the_session() -> None:
     peer = Peer()
     mail = b"HELO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n.\r\n"
@@ -1069,7 +1077,7 @@ def test_replies_have_the_form_of_the_rfcs() -> None:
 # Fuzzing: the session against random input made of real pieces
 
 PIECES = [line.encode() + b"\r\n" for text in DIALOGUES.values() for line in re.findall(r"C: (.*)", text)]
-PIECES += [b"\r\n", b"\n", b"\r", b".", b".\r\n", b"\r\n.\r\n", b"\0", b"<", b">", b" ", b"=", b"*\r\n", b"x" * 5000]
+PIECES += [b"\r\n", b"\n", b"\r", b".", b".\r\n", b"\r\n.\r\n", b"\0", b"<", b">", b" ", b"=", b"*\r\n"] + [b"x" * 5000] * 3
 PIECES += [JOE.encode() + b"\r\n", b"AUTH LOGIN\r\n", b"AUTH CRAM-MD5\r\n", b"AUTH SCRAM-SHA-256\r\n", b"am9l\r\n"]
 PIECES += [b"GET / HTTP/1.1\r\n", b"Host: x\r\n", b"DATA\r\n", b"DATA\n", b"QUIT\r\n", b"\xff\xfe", b"MAIL FROM:<>\r\n"]
 START = b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n"
@@ -1116,7 +1124,7 @@ def fuzz_once(rng: random.Random) -> None:
 def test_fuzz_the_session() -> None:
     """With a fixed seed; MSMTPD_FUZZ_SECONDS makes it go on from another one."""
     rng = random.Random(5321)
-    for _ in range(1500):
+    for _ in range(3000):
         fuzz_once(rng)
     seconds = float(os.environ.get("MSMTPD_FUZZ_SECONDS", "0"))
     end, rng = time.monotonic() + seconds, random.Random()
@@ -1593,7 +1601,6 @@ class Daemon:
         self,
         directory: Path,
         *options: str,
-        program: tuple[str, ...] = (*PYTHON, str(PROGRAM)),
         environment: dict[str, str] | None = None,
         host: str = "127.0.0.1",
         **popen: Any,
@@ -1607,7 +1614,7 @@ class Daemon:
             ready.settimeout(20)
             popen.setdefault("stderr", log)
             self.process = subprocess.Popen(
-                [*program, *self.options],
+                [*RUN, *self.options],
                 env={**(environment or os.environ), "NOTIFY_SOCKET": str(notify)},
                 stdin=subprocess.DEVNULL,
                 **popen,
@@ -1809,7 +1816,7 @@ def test_restart_on_the_same_port_at_once(start: Callable[..., Daemon]) -> None:
     with lingering:
         assert lingering.recv(1000) == msmtpd.SHUTTING_DOWN
     assert daemon.process.wait(20) == 0
-    again = subprocess.Popen([*PYTHON, str(PROGRAM), f"--port={daemon.port}", "--command=cat"], stderr=subprocess.PIPE)
+    again = subprocess.Popen([*RUN, f"--port={daemon.port}", "--command=cat"], stderr=subprocess.PIPE)
     try:
         assert _greeting(daemon.port) == msmtpd.GREETING
     finally:
@@ -1865,7 +1872,7 @@ STARTUP_ERRORS = [  # options, what the one line says
 
 def run_program(*options: str, **more: Any) -> subprocess.CompletedProcess[str]:
     more = {"stdin": subprocess.DEVNULL, "timeout": 20, "start_new_session": True, **more}
-    command = [*PYTHON, str(PROGRAM), *options]
+    command = [*RUN, *options]
     return subprocess.run(command, capture_output=True, text=True, check=False, **more)
 
 
@@ -1911,7 +1918,7 @@ def test_version_and_help() -> None:
     assert run_program("--version").stdout == f"msmtpd {msmtpd.__version__}\n"
     assert run_program("--help").stdout == msmtpd.HELP_TEXT
     with open("/dev/full", "wb") as full:
-        result = subprocess.run([*PYTHON, str(PROGRAM), "--help"], stdout=full, stderr=subprocess.PIPE, check=False)
+        result = subprocess.run([*RUN, "--help"], stdout=full, stderr=subprocess.PIPE, check=False)
     assert result.returncode == 3 and b"No space left" in result.stderr and result.stderr.count(b"\n") == 1
 
 
@@ -1920,7 +1927,7 @@ def test_listening_beyond_loopback_is_warned_of(tmp_path: Path) -> None:
     dangers = {"": "anybody there can send mail", "--auth=joe,echo x": "passwords cross the network in the clear"}
     for option, danger in dangers.items():
         options = [f"--port={port}", "--interface=0.0.0.0", *option.splitlines()]
-        with subprocess.Popen([*PYTHON, str(PROGRAM), *options], stderr=subprocess.PIPE) as process:
+        with subprocess.Popen([*RUN, *options], stderr=subprocess.PIPE) as process:
             assert process.stderr is not None
             warning = process.stderr.readline().decode()
             process.terminate()
@@ -1945,7 +1952,7 @@ def test_it_runs_under_any_name_read_only_and_without_a_trace(tmp_path: Path) ->
 def inetd(
     stdin: Any, stdout: Any, *options: str, stderr: Any = subprocess.PIPE, **more: Any
 ) -> subprocess.Popen[bytes]:
-    command = [*PYTHON, str(PROGRAM), "--inetd", *options]
+    command = [*RUN, "--inetd", *options]
     return subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr, **more)
 
 
