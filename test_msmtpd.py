@@ -1818,13 +1818,13 @@ def test_restart_on_the_same_port_at_once(start: Callable[..., Daemon]) -> None:
     assert daemon.process.wait(20) == 0
     again = subprocess.Popen([*RUN, f"--port={daemon.port}", "--command=cat"], stderr=subprocess.PIPE)
     try:
-        assert _greeting(daemon.port) == msmtpd.GREETING
+        assert greeting(daemon.port) == msmtpd.GREETING
     finally:
         again.terminate()
         assert again.communicate()[1] == b"" and again.returncode == 0
 
 
-def _greeting(port: int) -> bytes:
+def greeting(port: int) -> bytes:
     """Return the first line of whoever listens on a port, as soon as someone does."""
     end = time.monotonic() + 20
     while True:
@@ -2064,3 +2064,337 @@ def test_a_signal_ends_an_inetd_session_with_a_word() -> None:
     assert process.stdout.read() == msmtpd.SHUTTING_DOWN
     process.communicate()
     assert process.returncode == 1
+
+
+# ---- Documents -------------------------------------------------------------
+#
+# --help, manual page and README say the same, and it is true.
+
+ROOT = Path(__file__).resolve().parent
+MANUAL = (ROOT / "man/msmtpd.1").read_text()
+README = (ROOT / "README.md").read_text()
+
+
+# Reading the documents
+
+
+def plain(mdoc: str) -> str:
+    """Undo the escapes of mdoc."""
+    escapes = {r"\-": "-", r"\(aq": "'", r"\(ga": "`", r"\(ti": "~", r"\(ha": "^", r"\(dq": '"', r"\&": "", r"\e": "\\"}
+    return re.sub(r"\\(?:\(..|.)", lambda match: escapes[match[0]], mdoc)
+
+
+def section(title: str) -> str:
+    found = re.search(rf"^\.Sh {title}\n(.*?)(?=^\.Sh |\Z)", MANUAL, re.M | re.S)
+    assert found, title
+    return found[1]
+
+
+def rows(mdoc: str) -> list[list[str]]:
+    """Return the cells of the .Bl -column lists."""
+    cells = [line[4:].split(" Ta ") for line in mdoc.splitlines() if line.startswith(".It ") and " Ta " in line]
+    return [[plain(re.sub(r"\b(Fl|Sx|Er|Em) ", "", cell)) for cell in row] for row in cells]
+
+
+def option_entry(name: str) -> str:
+    """Return what the manual page says on an option."""
+    found = re.search(rf"^\.It Fl -{name}\b.*?(?=^\.It |^\.El)", MANUAL, re.M | re.S)
+    assert found, name
+    return plain(found[0])
+
+
+def examples(document: str) -> list[str]:
+    """Return the literal blocks of the manual page or the README."""
+    if document is MANUAL:
+        return [plain(block) for block in re.findall(r"^\.Bd -literal.*?\n(.*?)^\.Ed", document, re.M | re.S)]
+    return re.findall(r"^```sh\n(.*?)^```", document, re.M | re.S)
+
+
+def msmtpd_arguments(line: str) -> list[str] | None:
+    """Return what a line gives to msmtpd: from a shell, inetd.conf, a unit or a container file."""
+    try:
+        words = shlex.split(line, comments=True)
+    except ValueError:
+        return None  # a line of a program or a configuration file
+    words = [word.strip("[],") for word in words]
+    if words[:1] in (["cp"], ["install"]):
+        return None
+    places = [i for i, word in enumerate(words) if re.search(r"(^|[/=])msmtpd(\.py)?$", word) and "--label" not in word]
+    if not places:
+        return None
+    arguments = words[places[-1] + 1 :]
+    return arguments[1:] if arguments[:1] == ["--"] else arguments  # behind start-stop-daemon's
+
+
+def command_lines(document: str) -> list[list[str]]:
+    """Return the arguments of every msmtpd in the examples, log lines aside."""
+    blocks = [block for block in examples(document) if "msmtpd[" not in block]
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [arguments for line in lines if (arguments := msmtpd_arguments(line)) is not None]
+
+
+# Options
+
+
+def test_help_fits_a_terminal() -> None:
+    lines = msmtpd.HELP_TEXT.splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
+
+
+def test_help_manual_and_program_have_the_same_options() -> None:
+    options = sorted(msmtpd.OPTIONS)
+    assert sorted(re.findall(r"^  --([a-z-]+)", msmtpd.HELP_TEXT, re.M)) == options
+    assert sorted(re.findall(r"^\.It Fl -([a-z-]+)", section("DESCRIPTION"), re.M)) == options
+
+
+@pytest.mark.parametrize("name", msmtpd.OPTIONS)
+def test_the_manual_names_an_argument_where_there_is_one(name: str) -> None:
+    heading = option_entry(name).splitlines()[0]
+    assert ("Ns = Ns" in heading) == msmtpd.OPTIONS[name]
+    assert (f"--{name}=" in msmtpd.HELP_TEXT) == msmtpd.OPTIONS[name]
+
+
+@pytest.mark.parametrize("name", ["interface", "port", "log", "command", "max-size"])
+def test_defaults(name: str) -> None:
+    options = msmtpd.Options([])
+    value = options.interfaces[0] if name == "interface" else str(getattr(options, name.replace("-", "_")))
+    entry = " ".join(option_entry(name).split())
+    assert re.search(rf"The default is (\.\w\w )?{re.escape(value)}[ .]", entry)
+    entry = re.split(r"\n  --", msmtpd.HELP_TEXT.partition(f"--{name}=")[2])[0]
+    assert f"default {value}" in " ".join(entry.split())
+
+
+def test_options_that_the_text_mentions_exist() -> None:
+    mentioned = set(re.findall(r"\bFl -([a-z-]+)", MANUAL)) - {"exec", "startas"}  # start-stop-daemon's
+    assert mentioned == set(msmtpd.OPTIONS)
+
+
+# Limits and outcomes
+
+LIMITS = [  # in the order of the manual page, with words of its text
+    (msmtpd.MAX_SESSIONS, "sessions at once"),
+    (msmtpd.BACKLOG, "clients that wait"),
+    (msmtpd.MAX_COMMANDS, "commands running at once"),
+    (msmtpd.MAX_MAIL_SIZE, "octets in a mail"),
+    (msmtpd.MAX_RECIPIENTS, "recipients"),
+    (msmtpd.MAX_ADDRESS, "octets in an address"),
+    (msmtpd.MAX_COMMAND_LINE, "octets in a command line"),
+    (msmtpd.MAX_AUTH_LINE, "octets in a line of AUTH"),
+    (msmtpd.MAX_ERRORS, "negative replies"),
+    (msmtpd.MAX_AUTH_FAILURES, "failed authentications before"),
+    (msmtpd.IDLE_TIMEOUT, "seconds without progress before"),
+    (msmtpd.CROWDED_TIMEOUT, "while all sessions are taken"),
+    (msmtpd.DATA_SECONDS_PER_OCTET * 1024, "seconds that a KiB"),
+    (msmtpd.COMMAND_TIMEOUT, "seconds that a command may run"),
+    (msmtpd.KILL_DELAY, "SIGTERM to its SIGKILL"),
+    (msmtpd.STOP_TIMEOUT, "open transactions"),
+    (msmtpd.THROTTLE_SECONDS, "after a failed authentication"),
+    (msmtpd.THROTTLE_DELAY, "second by which"),
+    (msmtpd.KEY_RING_TIMEOUT, "key ring"),
+    (msmtpd.SPOOL_MEMORY, "kept in memory"),
+    (msmtpd.OUTPUT_TAIL, "of what a command prints"),
+    (msmtpd.MAX_OUTPUT_LINES, "lines of it in a reply"),
+    (msmtpd.MAX_REPLY_LINE, "octets in a line of a reply"),
+]
+
+
+def test_limits_in_the_manual() -> None:
+    documented = rows(section("LIMITS"))
+    assert [int(number) for number, _ in documented] == [int(value) for value, _ in LIMITS]
+    for (_, words), (_, text) in zip(LIMITS, documented):
+        assert words in text
+
+
+def test_limits_in_the_readme() -> None:
+    text = " ".join(README.partition("## Limits")[2].partition("\n##")[0].split())
+    assert text.startswith(
+        f"{msmtpd.MAX_SESSIONS} sessions and {msmtpd.MAX_COMMANDS} commands at once (more clients wait), "
+        f"{msmtpd.MAX_RECIPIENTS} recipients, {msmtpd.MAX_MAIL_SIZE >> 20} MiB per mail (`--max-size`), "
+        f"{msmtpd.IDLE_TIMEOUT / 60:.0f} minutes without progress, "
+        f"{msmtpd.COMMAND_TIMEOUT / 60:.0f} minutes per command."
+    )
+
+
+def statuses(text: str) -> list[int]:
+    """Read `68, 69` or `129 to 159`; no number is every exit status."""
+    numbers = [int(number) for number in re.findall(r"\d+", text)]
+    if " to " in text:
+        return list(range(numbers[0], numbers[1] + 1))
+    return numbers or list(range(256))
+
+
+def test_replies_to_exit_statuses_in_the_manual() -> None:
+    table = {row[0]: row[1] for row in rows(section("THE COMMAND"))}
+    documented = dict.fromkeys(range(256), table["any other"])
+    for text in table.keys() - {"Status", "any other", "signal", "time limit"}:
+        documented.update(dict.fromkeys(statuses(text), table[text]))
+    assert documented == {status: msmtpd.judge(status)[0][:3].decode() for status in range(256)}
+    assert all(msmtpd.judge(-number)[0][:3].decode() == table["signal"] for number in range(1, 32))
+
+
+def test_replies_to_msmtp_in_the_readme() -> None:
+    table = re.findall(r"^\| (\d+) \| `(\w+)` \| (\d+) \|", README, re.M)
+    assert table
+    for status, name, reply in table:
+        assert msmtpd.EXIT_NAMES[int(status)] == name
+        assert msmtpd.judge(int(status))[0][:3].decode() == reply
+
+
+def test_replies_that_the_readme_explains() -> None:
+    constants = [value for value in vars(msmtpd).values() if isinstance(value, bytes)]
+    replies = [value.decode().strip() for value in constants if value.endswith(b"\r\n")]
+    quoted = re.findall(r"^\| `(\d\d\d \d\.\d\.\d [^`]*)`", README, re.M)
+    assert quoted
+    assert not set(quoted) - set(replies)
+
+
+# Log format
+
+
+def keys_of_mail_line(log: str) -> list[str]:
+    return re.findall(r"(\w+)=", next(line for line in log.splitlines() if "result=Ok" in line))
+
+
+def test_log_lines_in_the_manual() -> None:
+    """The examples have the shape of what the program writes."""
+    block = next(text for text in examples(MANUAL) if "msmtpd[4711]" in text)
+    documented = re.sub(r"\n +", " ", block)
+    dialogue = b"HELO x\nMAIL FROM:<a@b>\nRCPT TO:<c@d>\nDATA\n\n.\nQUIT\n"
+    command = [*RUN, "--inetd", "--log=stderr", "--command=true"]
+    written = subprocess.run(command, input=dialogue, capture_output=True, check=True).stderr.decode()
+    shape = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d msmtpd\[\d+\] (info|warning|error): \S.*"
+    assert all(re.fullmatch(shape, line) for line in (documented + written).splitlines())
+    assert keys_of_mail_line(documented) == keys_of_mail_line(written)
+
+
+@pytest.mark.parametrize(
+    ("line", "host"),
+    [
+        ("2026-11-22 09:00:12 msmtpd[4711] warning: session 3 [192.0.2.7]: authentication failed", "192.0.2.7"),
+        ("2026-11-22 09:00:12 msmtpd[4711] warning: session 3 [2001:db8::7]: authentication failed", "2001:db8::7"),
+        ("Nov 22 09:00:12 host msmtpd[4711]: session 3 [192.0.2.7]: authentication failed", "192.0.2.7"),
+        (
+            "2026-11-22 09:00:12 msmtpd[4711] error: session 3 [127.0.0.1]: command said: "
+            "msmtpd[1]: session 3 [192.0.2.7]: authentication failed",
+            None,
+        ),
+    ],
+    ids=["file", "IPv6", "syslog", "forged"],
+)
+def test_fail2ban_filter(line: str, host: str | None) -> None:
+    pattern = re.search(r"^failregex = (.*)", "".join(examples(MANUAL)), re.M)
+    assert pattern
+    without_date = re.sub(r"^(\d{4}-\S+ |\w{3} \d+ )\S+", "", line)  # fail2ban cuts it out
+    found = re.search(pattern[1].replace("<HOST>", r"(?P<host>[\d.:a-f]+)"), without_date)
+    assert (found and found["host"]) == host
+
+
+def test_fail2ban_filter_has_the_words_of_the_program() -> None:
+    policy = msmtpd.Policy(credentials=msmtpd.Credentials("user", b"password"))
+    session = msmtpd.Session(policy, lambda name, protocol: msmtpd.Spool())
+    session.receive(b"EHLO x\r\nAUTH PLAIN AHVzZXIAd3Jvbmc=\r\n")
+    session.step()
+    notes = [action.text for action in session.step() if isinstance(action, msmtpd.Note)]
+    assert notes == ["authentication failed"]
+
+
+# Command lines
+
+
+@pytest.mark.parametrize(("document", "count"), [(MANUAL, 15), (README, 7)], ids=["manual", "readme"])
+def test_command_lines_are_understood(document: str, count: int) -> None:
+    lines = command_lines(document)
+    assert len(lines) >= count
+    for arguments in lines:
+        msmtpd.Options(arguments)
+
+
+@pytest.mark.parametrize(
+    ("line", "arguments"),
+    [
+        ("msmtpd --port=2500 --command='cat && :'", ["--port=2500", "--command=cat && :"]),
+        ("python3 msmtpd.py --inetd  # comment", ["--inetd"]),
+        ("start-stop-daemon --chuid msmtpd --exec /usr/local/bin/msmtpd -- --port 1", ["--port", "1"]),
+        ("127.0.0.1:25 stream tcp nowait msmtpd /usr/bin/python3 python3 /usr/local/bin/msmtpd --inetd", ["--inetd"]),
+        ("ExecStart=/usr/local/bin/msmtpd --log=syslog", ["--log=syslog"]),
+        ('ENTRYPOINT ["python3", "/usr/local/bin/msmtpd", "--port=2500"]', ["--port=2500"]),
+        ("install -m 755 msmtpd.py /usr/local/bin/msmtpd", None),
+        ("secret-tool store --label=msmtpd host localhost", None),
+        ("echo that's all", None),
+    ],
+)
+def test_msmtpd_arguments(line: str, arguments: list[str] | None) -> None:
+    assert msmtpd_arguments(line) == arguments
+
+
+def test_first_screen_of_the_readme(tmp_path: Path) -> None:
+    """Its first command serves, and its second one sends a mail, as printed but for the port."""
+    port = free_port()
+    serve, send, test = [block.replace("2500", str(port)) for block in examples(README)[:3]]
+    assert test == "python3 -m pytest test_msmtpd.py\n"
+    (tmp_path / "msmtpd.py").symlink_to(PROGRAM)
+    bin_directory = tmp_path / "bin"
+    bin_directory.mkdir()
+    (bin_directory / "python3").symlink_to(sys.executable)
+    environment = {**os.environ, "PATH": f"{bin_directory}:{os.environ['PATH']}"}
+    with subprocess.Popen(["sh", "-c", "exec " + serve], cwd=tmp_path, env=environment) as server:
+        try:
+            assert greeting(port) == msmtpd.GREETING
+            subprocess.run(["sh", "-c", send], cwd=tmp_path, env=environment, check=True, timeout=30)
+        finally:
+            server.terminate()
+    assert server.returncode == 0
+    assert (tmp_path / "mails").read_text().endswith("\nSubject: hi\n\nIt works\n")
+
+
+# The documents themselves
+
+
+def test_the_version_has_one_source() -> None:
+    for document in (MANUAL, README, msmtpd.HELP_TEXT, (ROOT / "pyproject.toml").read_text()):
+        assert msmtpd.__version__ not in document
+
+
+def test_manual_lint() -> None:
+    result = subprocess.run([need("mandoc"), "-T", "lint", ROOT / "man/msmtpd.1"], capture_output=True, text=True)
+    assert result.stdout + result.stderr == ""
+
+
+def test_manual_groff() -> None:
+    command = [need("groff"), "-mdoc", "-ww", "-T", "utf8", str(ROOT / "man/msmtpd.1")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.stderr == ""
+
+
+def test_examples_survive_copying_from_the_terminal() -> None:
+    """No renderer turns a hyphen or a quote of a command line into a prettier character."""
+    rendered = subprocess.run(
+        [need("mandoc"), "-T", "utf8", "-O", "width=300", ROOT / "man/msmtpd.1"], capture_output=True, text=True
+    )
+    text = re.sub(r".\x08", "", rendered.stdout)
+    for block in examples(MANUAL):
+        for line in block.splitlines():
+            assert line.strip() in text
+
+
+def test_units(tmp_path: Path) -> None:
+    """systemd understands the unit files, with Accept=yes too."""
+    analyze = need("systemd-analyze")
+    program = tmp_path / "msmtpd"
+    program.write_bytes((ROOT / "msmtpd.py").read_bytes())
+    program.chmod(0o755)
+    units = [unit.replace("/usr/local/bin/msmtpd", str(program)) for unit in examples(MANUAL) if "\n[" in f"\n{unit}"]
+    service, sockets, inetd = [next(unit for unit in units if key in unit) for key in ("Type=", "Listen", "Standard")]
+    per_session = re.sub(r"^(Type|ExecStart|KillMode|Restart)=.*\n", "", service, flags=re.M)
+    files = {
+        "msmtpd.service": service,
+        "msmtpd.socket": sockets,
+        "session@.service": per_session.replace("[Service]\n", inetd),
+        "session.socket": sockets.replace("[Socket]", "[Socket]\nAccept=yes"),
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    for name in files:
+        result = subprocess.run([analyze, "verify", tmp_path / name], capture_output=True, text=True)
+        assert result.stderr == ""
