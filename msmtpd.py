@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     import signal
     import socket
     from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-    from typing import IO, Any, NoReturn, Protocol, Union
+    from typing import Any, NoReturn, Protocol, Union
 
     Reply = bytes
     Action = Union[Reply, "Note", "Pause", "Deliver", "Close"]
@@ -88,6 +88,7 @@ THROTTLE_SECONDS = 60.0  # after an authentication failure, while ...
 THROTTLE_DELAY = 1.0  # ... every outcome of AUTH is held back by this
 KEY_RING_TIMEOUT = 30.0  # for a key ring that waits to be unlocked
 
+RESERVED_DESCRIPTORS = 64  # not for sessions: commands, listeners, log
 RECEIVE_SIZE = 65536  # more makes malloc map and unmap memory at every receive
 SPOOL_MEMORY = 32768  # of a mail before it goes to a file; also fits into a pipe
 OUTPUT_BUFFER = 65536  # of replies not yet taken, before we stop reading
@@ -273,37 +274,34 @@ class Spool:
     It lies in TMPDIR or in /tmp.  Methods raise OSError.
     """
 
-    __slots__ = ("file", "memory")
+    __slots__ = ("_file", "_memory")
 
     def __init__(self) -> None:
-        self.memory = bytearray()
-        self.file: IO[bytes] | None = None
+        self._memory = bytearray()
+        self._file = -1  # its descriptor, once there is one
 
     def write(self, data: bytes) -> None:
-        if self.file is None and len(self.memory) + len(data) <= SPOOL_MEMORY:
-            self.memory += data
+        if self._file < 0 and len(self._memory) + len(data) <= SPOOL_MEMORY:
+            self._memory += data
         else:
             self._write_file(data)
 
     def _write_file(self, data: bytes | bytearray) -> None:
-        if self.file is None:
-            import tempfile
-
-            directory = os.environ.get("TMPDIR") or "/tmp"
-            self.file = tempfile.TemporaryFile(dir=directory, buffering=0)
-            memory, self.memory = self.memory, bytearray()
+        if self._file < 0:
+            self._file = unlinked_file(os.environ.get("TMPDIR") or "/tmp")
+            memory, self._memory = self._memory, bytearray()
             self._write_file(memory)
         view = memoryview(data)
         while view:
-            view = view[os.write(self.file.fileno(), view) :]
+            view = view[os.write(self._file, view) :]
 
     def open(self) -> int:
         """Return a descriptor of its own from which the whole mail can be read."""
-        if self.file is None:
+        if self._file < 0:
             reader, writer = os.pipe()
             os.set_blocking(writer, False)
             try:
-                whole = os.write(writer, self.memory) == len(self.memory)
+                whole = os.write(writer, self._memory) == len(self._memory)
             except OSError:
                 whole = False
             os.close(writer)
@@ -311,14 +309,26 @@ class Spool:
                 return reader
             os.close(reader)  # a pipe may be as small as a page where many are open
             self._write_file(b"")
-        assert self.file is not None
-        os.lseek(self.file.fileno(), 0, os.SEEK_SET)
-        return os.dup(self.file.fileno())
+        os.lseek(self._file, 0, os.SEEK_SET)
+        return os.dup(self._file)
 
     def close(self) -> None:
-        self.memory = bytearray()
-        if self.file is not None:
-            self.file.close()
+        self._memory = bytearray()
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+def unlinked_file(directory: str) -> int:
+    """Return a descriptor of a new file without a name.
+
+    Not by tempfile, which takes 13 ms to import, and descriptors that may have
+    run out by the time of the first big mail.
+    """
+    path = os.path.join(directory, f"msmtpd.{os.urandom(16).hex()}")
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    os.unlink(path)
+    return descriptor
 
 
 class MailData:
@@ -443,6 +453,11 @@ class Credentials:
     __slots__ = ("_scram", "password", "user")
 
     def __init__(self, user: str, password: bytes) -> None:
+        # What will be needed is imported while there are descriptors to do it with.
+        import hashlib  # noqa: F401
+        import hmac  # noqa: F401
+        import unicodedata  # noqa: F401
+
         self.user = user.encode(errors="surrogateescape")
         self.password = password
         self._scram: tuple[bytes, bytes] | None = None
@@ -757,8 +772,10 @@ class Session:
         return [reply]
 
     def close(self) -> None:
-        """Drop what is left, so that no file outlives the session."""
+        """Drop what is left, so that no file and no input outlives the session."""
         self._reader = Session._read_nothing
+        self._input = b""
+        self._at = 0
         self._end_transaction()
 
     @property
@@ -1215,7 +1232,8 @@ def last_lines(output: bytes, utf8: bool) -> list[str]:
 
 def printable(text: bytes) -> str:
     """Escape to printable ASCII, and cut."""
-    escaped = text[:LOG_FIELD].decode("latin-1").encode("unicode_escape").decode("ascii")
+    characters = text[:LOG_FIELD].decode("latin-1")
+    escaped = "".join(c if " " <= c <= "~" and c != "\\" else f"\\x{ord(c):02x}" for c in characters)
     return escaped[:LOG_FIELD] + "..." * (len(escaped) > LOG_FIELD or len(text) > LOG_FIELD)
 
 
@@ -1235,9 +1253,9 @@ class Log:
         """Log one line; `level` is info, warning or error."""
         if self._sink is not None:
             try:
-                self._sink.write(level, text)
-            except OSError:
-                pass  # a full disk is no reason to refuse mail
+                self._sink.write(level, text.encode("ascii", "backslashreplace").decode())
+            except Exception:
+                pass  # a full disk, or whatever else it is, is no reason to refuse mail
 
     def reopen(self) -> None:
         if isinstance(self._sink, FileSink):
@@ -1273,7 +1291,7 @@ class StreamSink:
 
     def write(self, level: str, text: str) -> None:
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        os.write(self.descriptor, f"{now} msmtpd[{os.getpid()}] {level}: {text}\n".encode(errors="backslashreplace"))
+        os.write(self.descriptor, f"{now} msmtpd[{os.getpid()}] {level}: {text}\n".encode())
 
 
 class FileSink:
@@ -1365,7 +1383,7 @@ class Loop:
         self._log = log
         self._clock = clock
         self._watched: dict[int, tuple[Task, int]] = {}
-        self._restless: list[Task] = []
+        self._restless: dict[Task, None] = {}  # in the order of their requests
         self._timed: set[Task] = set()
         self._wake_at = NEVER
 
@@ -1386,7 +1404,7 @@ class Loop:
 
     def resume_later(self, task: Task) -> None:
         """Call task.resume() in the next turn."""
-        self._restless.append(task)
+        self._restless[task] = None
 
     def add_timed(self, task: Task) -> None:
         """Call task.expire() once it is due, until remove_timed()."""
@@ -1409,7 +1427,7 @@ class Loop:
             timeout = max(0.0, self._wake_at - self._clock())
         events = self._selector.select(timeout)
         self.now = self._clock()
-        restless, self._restless = self._restless, []
+        restless, self._restless = self._restless, {}
         for key, mask in events:
             if key.fd in self._watched:
                 task = self._watched[key.fd][0]
@@ -1429,12 +1447,21 @@ class Loop:
         """Call a task's method; an exception is logged and ends only this task."""
         try:
             method(*arguments)
-        except Exception:
-            import traceback
+        except Exception as error:
+            self._report(error)
+            try:
+                task.crash()
+            except Exception as second:
+                self._report(second)
 
-            for line in traceback.format_exc().splitlines():
-                self._log.write("error", line)
-            task.crash()
+    def _report(self, error: Exception) -> None:
+        """Log a traceback; the traceback module might need descriptors that have run out."""
+        self._log.write("error", f"unexpected {type(error).__name__}: {error}; please report it, with this traceback:")
+        trace = error.__traceback__
+        while trace is not None:
+            code = trace.tb_frame.f_code
+            self._log.write("error", f"  {code.co_filename}:{trace.tb_lineno} in {code.co_name}")
+            trace = trace.tb_next
 
 
 # ---- Server ----------------------------------------------------------------
@@ -1467,9 +1494,8 @@ class Server:
         self.max_sessions = MAX_SESSIONS
         self._listeners: list[Listener] = []
         self._sessions = 0  # begun so far
-        self._crowded = False  # from all sessions taken to half of them free
+        self._relief = -1  # while clients have to wait: with how many sessions that ends
         self._rest_until = NEVER  # while nothing is accepted because resources ran out
-        self._starved = False  # from then until a client could be accepted again
         self._stop_at = NEVER
         self._notify: Callable[[str], None] = lambda state: None
         loop.add_timed(self)
@@ -1491,10 +1517,8 @@ class Server:
         self._sessions += 1
         connection = Connection(self, self._sessions, reader, writer, sock, client)
         self.connections.add(connection)
-        if len(self.connections) >= self.max_sessions and not self._crowded:
-            self._crowded = True
-            self.loop.schedule(self.loop.now)  # deadlines are nearer now
-            self.log.write("warning", f"all {self.max_sessions} sessions are taken, further clients wait")
+        if len(self.connections) >= self.max_sessions:
+            self._crowd(f"all {self.max_sessions} sessions are taken, further clients wait")
         self._admit()
         self.loop.add_timed(connection)
         self.loop.guard(connection, connection.greet)
@@ -1503,15 +1527,22 @@ class Server:
     def ended(self, connection: Connection) -> None:
         self.connections.discard(connection)
         self.loop.remove_timed(connection)
-        if self._crowded and len(self.connections) <= self.max_sessions // 2:
-            self._crowded = False
-            self.log.write("info", "clients no longer wait for a session")
+        if len(self.connections) <= self._relief:
+            self._relief = -1
+            self.log.write("info", "clients no longer wait")
         self._admit()
+
+    def _crowd(self, reason: str) -> None:
+        """Lose patience with idle clients, from now until half of the sessions have ended."""
+        if self._relief < 0:
+            self._relief = len(self.connections) // 2
+            self.loop.schedule(self.loop.now)  # their deadlines are nearer now
+            self.log.write("warning", reason)
 
     @property
     def patience(self) -> float:
         """How long a client may go without progress, in seconds."""
-        return CROWDED_TIMEOUT if self._crowded else IDLE_TIMEOUT
+        return IDLE_TIMEOUT if self._relief < 0 else CROWDED_TIMEOUT
 
     def _admit(self) -> None:
         """Watch the listeners, or leave clients in the backlog."""
@@ -1524,26 +1555,19 @@ class Server:
 
     def rest(self, error: OSError) -> None:
         """Accept nothing for a moment: descriptors or memory have run out."""
-        if not self._starved:
-            self._starved = True
-            self.log.write("error", f"cannot accept clients for now: {error.strerror}")
+        self._crowd(f"cannot accept clients for now: {error.strerror}")
         self._rest_until = self.loop.now + RETRY_DELAY
         self.loop.schedule(self._rest_until)
         self._admit()
-
-    def recover(self) -> None:
-        if self._starved:
-            self._starved = False
-            self.log.write("info", "clients are accepted again")
 
     # Deliveries
 
     def submit(self, connection: Connection, mail: Deliver) -> None:
         """Run the command for a mail as soon as fewer than MAX_COMMANDS are running."""
         self.waiting.append(Delivery(self, connection, mail))
-        self._start_waiting()
+        self.resume()
 
-    def _start_waiting(self) -> None:
+    def resume(self) -> None:
         while self.waiting and len(self.running) < MAX_COMMANDS:
             delivery = self.waiting.pop(0)
             self.running.add(delivery)
@@ -1559,7 +1583,8 @@ class Server:
 
     def finished(self, delivery: Delivery) -> None:
         self.running.discard(delivery)
-        self._start_waiting()
+        if self.waiting:
+            self.loop.resume_later(self)
 
     def reap(self) -> None:
         """Look which commands have exited."""
@@ -1570,7 +1595,7 @@ class Server:
 
     def run(self) -> None:
         """Serve until there is nothing left: no listener, no session, no command."""
-        while self._listeners or self.connections or self.running:
+        while self._listeners or self.connections or self.running or self.waiting:
             self.loop.turn()
 
     def stop(self) -> None:
@@ -1589,7 +1614,7 @@ class Server:
         for connection in list(self.connections):
             self.loop.guard(connection, connection.resume)
 
-    # As a task of the loop: the ends of a rest and of a stop
+    # As a task of the loop, beside resume() above: the ends of a rest and of a stop
 
     def due(self) -> float:
         return min(self._stop_at, self._rest_until)
@@ -1604,7 +1629,6 @@ class Server:
                 self.loop.guard(connection, connection.dismiss)
 
     def ready(self, descriptor: int, events: int) -> None: ...
-    def resume(self) -> None: ...
     def crash(self) -> None: ...
 
 
@@ -1646,6 +1670,7 @@ class Connection:
         "_client",
         "_deadline",
         "_eof",
+        "_hungry",
         "_number",
         "_output",
         "_phase",
@@ -1672,8 +1697,9 @@ class Connection:
         self._actions: list[Action] = []  # not yet performed
         self._output = bytearray()  # not yet written
         self._eof = False
+        self._hungry = False  # the session has asked for input
         self._progress = server.loop.now  # when there was some, while OPEN
-        self._deadline = NEVER  # in the other phases
+        self._deadline = NEVER  # while PAUSED, CLOSING or DRAINING
         self.orderly = False  # ended by QUIT or EOF between mails
 
     def log(self, level: str, text: str) -> None:
@@ -1697,7 +1723,7 @@ class Connection:
             self._watch()
 
     def _wants_input(self) -> bool:
-        return self._phase == OPEN and not self._eof and len(self._output) <= OUTPUT_BUFFER
+        return self._phase == OPEN and self._hungry and not self._eof and len(self._output) <= OUTPUT_BUFFER
 
     def _receive(self) -> None:
         try:
@@ -1708,6 +1734,7 @@ class Connection:
             self._abandon()
             return
         self._eof = not data
+        self._hungry = False
         if self._session.reading_data:
             earned = self._progress + len(data) * DATA_SECONDS_PER_OCTET
             self._progress = min(self._server.loop.now, earned)
@@ -1747,6 +1774,7 @@ class Connection:
         if self._server.stopping and idle:
             return [SHUTTING_DOWN, Close(orderly=False)]
         actions = self._session.step()
+        self._hungry = not actions
         if actions:
             self._progress = self._server.loop.now
         elif self._eof:
@@ -1780,6 +1808,7 @@ class Connection:
         if self._phase == DELIVERING:
             self._phase = OPEN
             self._progress = self._server.loop.now
+            self._server.loop.schedule(self.due())
             self._actions = self._session.delivered(reply)
             self._go_on()
 
@@ -1815,7 +1844,7 @@ class Connection:
     def due(self) -> float:
         if self._phase == OPEN:
             return self._progress + self._server.patience
-        return self._deadline
+        return NEVER if self._phase == DELIVERING else self._deadline
 
     def expire(self) -> None:
         if self._phase == OPEN:
@@ -1836,7 +1865,11 @@ class Connection:
 
     def crash(self) -> None:
         if self._phase != CLOSED:
-            self._say_goodbye(INTERNAL_ERROR)
+            try:
+                self._say_goodbye(INTERNAL_ERROR)
+            except Exception:
+                self._forget()  # what has failed may be what this needs
+                raise
 
     def _say_goodbye(self, reply: Reply) -> None:
         self._output += reply
@@ -1886,6 +1919,7 @@ class Connection:
         if self._phase == CLOSED:
             return
         self._phase = CLOSED
+        self._output.clear()
         self._session.close()
         self._server.loop.watch(self._reader, 0, self)
         self._server.loop.watch(self._writer, 0, self)
@@ -1897,18 +1931,30 @@ class Connection:
 class Delivery:
     """Runs the command for one mail: from its place in the queue to the reply."""
 
-    __slots__ = ("_connection", "_deadline", "_mail", "_output", "_pid", "_received", "_server", "_tail", "_timed_out")
+    __slots__ = (
+        "_connection",
+        "_crashed",
+        "_deadline",
+        "_mail",
+        "_output",
+        "_pid",
+        "_received",
+        "_server",
+        "_tail",
+        "_timed_out",
+    )
 
     def __init__(self, server: Server, connection: Connection, mail: Deliver) -> None:
         self._server = server
         self._connection = connection
         self._mail = mail
         self._received = server.loop.now
-        self._pid = 0  # until it runs
+        self._pid = 0  # while it runs
         self._output = -1  # where the command's output comes in, while it is open
         self._tail = b""  # of that output
         self._deadline = NEVER
         self._timed_out = False
+        self._crashed = False  # we have: nobody waits for the outcome
 
     # The process
 
@@ -1995,9 +2041,13 @@ class Delivery:
         pid, status = os.waitpid(self._pid, os.WNOHANG)
         if not pid:
             return
+        if self._timed_out or self._crashed:
+            self._kill(signal.SIGKILL)  # what is left of its group
+        self._pid = 0
         self._read_output()
-        if self._timed_out:
-            self._kill(signal.SIGKILL)
+        if self._crashed:
+            self._release()
+        elif self._timed_out:
             self._finish(b"451 4.3.0", f"Command took longer than {COMMAND_TIMEOUT:.0f} seconds")
         else:
             self._finish(*judge(os.waitstatus_to_exitcode(status)))
@@ -2034,7 +2084,12 @@ class Delivery:
         self._server.finished(self)
 
     def crash(self) -> None:
-        self._release()
+        """Tell the client, and leave no process behind whose outcome nobody would tell."""
+        if self._pid:
+            self._crashed = True
+            self._kill(signal.SIGKILL)
+        else:
+            self._release()
         self._connection.crash()
 
 
@@ -2061,7 +2116,6 @@ class Listener:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
                     self._server.rest(error)
                 return  # or the client has gone already
-            self._server.recover()
             sock.setblocking(False)
             self._server.begin(sock.fileno(), sock.fileno(), sock, ip_address(address))
 
@@ -2536,15 +2590,26 @@ def warn_if_exposed(sockets: Iterable[socket.socket], options: Options, log: Log
             complain("warning: " + text)
 
 
+def affordable_sessions() -> int:
+    """Return for how many sessions there are descriptors: each may need one for its client and one for its spool."""
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit == resource.RLIM_INFINITY:
+        return MAX_SESSIONS
+    return max(1, min(MAX_SESSIONS, (limit - RESERVED_DESCRIPTORS) // 2))
+
+
 def serve_daemon(server: Server, options: Options) -> int:
     sockets = listening_sockets(options)
     where = ", ".join(describe(sock) for sock in sockets)
-    user = "authentication as " + options.auth.partition(",")[0] if options.auth else "no authentication"
+    user = f"authentication as {options.auth.partition(',')[0]}" if options.auth else "no authentication"
     command = printable(os.fsencode(options.command))
     server.log.write("info", f"msmtpd {__version__} on {where}, {user}, command: {command}")
     warn_if_exposed(sockets, options, server.log)
     server.command.check_syntax()
     server.mirror_output = server.log.silent
+    server.max_sessions = affordable_sessions()
     server.listen(sockets, notify_systemd)
     server.run()
     server.log.write("info", "stopped")
