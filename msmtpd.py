@@ -1662,6 +1662,14 @@ DRAINING = "draining"  # they are; what the client still sends is dropped
 CLOSED = "closed"  # descriptors are closed
 
 
+def open_spool(sock: Socket | None, client: str, name: bytes, protocol: str) -> Spool:
+    """Return a spool that begins with the Received field."""
+    server = ip_address(sock.getsockname()) if sock else ""
+    spool = Spool()
+    spool.write(received_field(name, client, server, protocol, time.time()))
+    return spool
+
+
 class Connection:
     """Performs the actions of a Session on two descriptors, which may be one socket."""
 
@@ -1692,7 +1700,8 @@ class Connection:
         self._writer = writer
         self._sock = sock
         self._client = client
-        self._session = Session(server.policy, self._open_spool)
+        # No method of ours: a session must not keep its connection alive in a cycle.
+        self._session = Session(server.policy, lambda name, protocol: open_spool(sock, client, name, protocol))
         self._phase = OPEN
         self._actions: list[Action] = []  # not yet performed
         self._output = bytearray()  # not yet written
@@ -1704,12 +1713,6 @@ class Connection:
 
     def log(self, level: str, text: str) -> None:
         self._server.log.write(level, f"session {self._number} [{self._client or 'local'}]: {text}")
-
-    def _open_spool(self, name: bytes, protocol: str) -> Spool:
-        server = ip_address(self._sock.getsockname()) if self._sock else ""
-        spool = Spool()
-        spool.write(received_field(name, self._client, server, protocol, time.time()))
-        return spool
 
     # Input
 
@@ -1761,9 +1764,9 @@ class Connection:
             if not self._actions:
                 break
             self._perform(self._actions.pop(0))
-        else:
-            self._server.loop.resume_later(self)
         self._flush()
+        if self._phase == OPEN and not self._hungry and len(self._output) <= OUTPUT_BUFFER:
+            self._server.loop.resume_later(self)  # its turn is over, or its output has just been taken
         # Whoever only waits for a delivery stays watched: most clients are silent now, and
         # two system calls a mail are saved.  ready() takes out one that is not.
         if self._phase != DELIVERING or self._output:

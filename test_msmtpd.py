@@ -37,7 +37,9 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -2069,6 +2071,1575 @@ def test_a_signal_ends_an_inetd_session_with_a_word() -> None:
     assert process.stdout.read() == msmtpd.SHUTTING_DOWN
     process.communicate()
     assert process.returncode == 1
+
+
+# ---- Faults, load and limits: in process -----------------------------------
+#
+# A World is a server without its own time: the clock stands until the test
+# sets it, the loop never waits, and clients sit on real sockets.
+
+
+class World:
+    """A server, its loop and its log in the hands of a test."""
+
+    def __init__(self, policy: msmtpd.Policy | None = None, command: str = "") -> None:
+        self.now = 1000.0
+        self.lines: list[str] = []
+        self.held = HeldCommand()
+        self.clients: list[Caller] = []
+        self.selector = ImpatientSelector()
+        self.loop = msmtpd.Loop(self.selector, msmtpd.Log(self), lambda: self.now)
+        self.command: Any = msmtpd.Command(command, os.environb) if command else self.held
+        throttle = msmtpd.Throttle()
+        self.server = msmtpd.Server(self.loop, self.loop._log, policy or msmtpd.Policy(), self.command, throttle)
+
+    def write(self, level: str, text: str) -> None:
+        """Be the sink of the log."""
+        self.lines.append(f"{level}: {text}")
+
+    def logged(self, text: str) -> int:
+        return sum(text in line for line in self.lines)
+
+    def turn(self, times: int = 5) -> None:
+        for _ in range(times):
+            self.loop.turn()
+
+    def wait(self, seconds: float) -> None:
+        """Let time pass, all at once."""
+        self.now += seconds
+        self.turn()
+
+    def call(self) -> Caller:
+        """Return a client whose session has begun, on a pair of sockets."""
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        self.server.begin(ours.fileno(), ours.fileno(), ours, "127.0.0.1")
+        return self._keep(Caller(self, theirs))
+
+    def listen(self, sock: socket.socket | None = None) -> int:
+        """Listen on loopback and return the port."""
+        sock = sock or socket.socket()
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.bind(("127.0.0.1", 0))
+        sock.listen(1024)
+        self.server.listen([sock], lambda state: None)
+        port: int = sock.getsockname()[1]
+        return port
+
+    def connect(self, port: int) -> Caller:
+        """Return a client that may have to wait for its session."""
+        return self._keep(Caller(self, socket.create_connection(("127.0.0.1", port))))
+
+    def _keep(self, client: Caller) -> Caller:
+        self.clients.append(client)
+        self.turn()
+        return client
+
+    def reap(self, *pids: int) -> None:
+        """Wait until processes have exited, and have that noticed as SIGCHLD would."""
+        for pid in pids:
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        self.server.reap()
+        self.turn()
+
+    def end(self, mail: int, status: int = 0) -> None:
+        """Let the held command of one mail exit."""
+        self.held.end(mail, status)
+        self.reap(self.held.pids[mail])
+
+    def close(self) -> None:
+        """Leave no process and no descriptor behind."""
+        for client in self.clients:
+            client.sock.close()
+        for pid in {*self.held.pids, *(delivery._pid for delivery in self.server.running)} - {0}:
+            with contextlib.suppress(OSError):
+                os.killpg(pid, signal.SIGKILL)
+        deadline = time.monotonic() + 5
+        while (self.server.running or self.server.connections) and time.monotonic() < deadline:
+            self.server.reap()
+            self.wait(400)
+        self.held.close()
+        for listener in self.server._listeners:
+            listener.close()
+        self.selector.close()
+
+
+class ImpatientSelector(selectors.DefaultSelector):
+    """Never waits, since the clock stands while it would."""
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        return super().select(0)
+
+
+class HeldCommand:
+    """Stands in for Command: every process exits when the test says so, and how."""
+
+    def __init__(self) -> None:
+        self.pids: list[int] = []
+        self.recipients: list[bytes] = []
+        self._writers: list[int] = []
+
+    def start(self, sender: bytes, recipients: list[bytes], stdin: int, output: int) -> int:
+        reader, writer = os.pipe()
+        actions = [(os.POSIX_SPAWN_DUP2, reader, 0), *((os.POSIX_SPAWN_DUP2, output, n) for n in (1, 2))]
+        pid = msmtpd.spawn("/bin/sh", [b"sh", b"-c", b"read status; exit $status"], {}, actions)
+        os.close(reader)
+        self.pids.append(pid)
+        self._writers.append(writer)
+        self.recipients += recipients
+        return pid
+
+    def end(self, mail: int, status: int) -> None:
+        os.write(self._writers[mail], b"%d\n" % status)
+
+    def close(self) -> None:
+        for writer in self._writers:
+            os.close(writer)
+
+
+class Caller:
+    """A client in a World."""
+
+    def __init__(self, world: World, sock: socket.socket) -> None:
+        self.world = world
+        self.sock = sock
+        self.closed = False  # by the server
+        sock.setblocking(False)
+
+    def say(self, octets: bytes) -> list[int]:
+        """Send, give the server some turns, and return the codes of its replies."""
+        self.sock.sendall(octets)
+        self.world.turn()
+        return self.hear()
+
+    def hear(self) -> list[int]:
+        return codes(self.read())
+
+    def read(self) -> bytes:
+        octets = b""
+        if self.sock.fileno() < 0:
+            return octets
+        with contextlib.suppress(BlockingIOError, ConnectionResetError):
+            while data := self.sock.recv(65536):
+                octets += data
+            self.closed = True
+        return octets
+
+    def pump(self, octets: bytes) -> int:
+        """Send what the kernel takes, and return how much it took."""
+        try:
+            return self.sock.send(octets)
+        except BlockingIOError:
+            return 0
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    world = World()
+    yield world
+    world.close()
+
+
+@pytest.fixture
+def make_world() -> Iterator[Callable[..., World]]:
+    worlds: list[World] = []
+
+    def maker(**options: Any) -> World:
+        worlds.append(World(**options))
+        return worlds[-1]
+
+    yield maker
+    for world in worlds:
+        world.close()
+
+
+HELO = b"HELO x\r\n"
+ENVELOPE = b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n"
+DATA = HELO + ENVELOPE + b"DATA\r\n"
+IN_DATA = [220, 250, 250, 250, 354]  # what DATA is answered with
+MINUTE = 60.0
+
+
+def mail_to(recipient: str) -> bytes:
+    return b"MAIL FROM:<a@b>\r\nRCPT TO:<%s>\r\nDATA\r\nx\r\n.\r\n" % recipient.encode()
+
+
+# Admission
+
+
+def test_clients_beyond_the_limit_wait_and_are_served_in_their_order(world: World) -> None:
+    world.server.max_sessions = 4
+    port = world.listen()
+    clients = [world.connect(port) for _ in range(7)]
+    assert [client.hear() for client in clients] == [[220]] * 4 + [[]] * 3
+    for gone, served in ((2, 4), (0, 5), (4, 6)):
+        assert clients[gone].say(b"QUIT\r\n") == [221]
+        clients[gone].sock.close()
+        world.turn()
+        assert [clients.index(client) for client in clients[4:] if client.hear()] == [served]
+    assert world.logged("all 4 sessions are taken") == 1 and len(world.server.connections) == 4
+    assert world.logged("no longer wait") == 0
+    for client in clients:
+        client.sock.close()
+    world.turn()
+    assert world.logged("no longer wait") == 1 and not world.server.connections
+
+
+def test_silent_clients_are_let_go_after_ten_seconds_where_all_sessions_are_taken(world: World) -> None:
+    world.server.max_sessions = 3
+    port = world.listen()
+    early = world.connect(port)
+    world.wait(100)
+    assert early.hear() == [220]
+    late = [world.connect(port) for _ in range(2)]  # now they are all taken
+    assert early.hear() == [421] and [client.hear() for client in late] == [[220]] * 2
+    waiting = world.connect(port)
+    world.wait(9.9)
+    assert [client.hear() for client in late] == [[]] * 2
+    world.wait(0.2)
+    assert [client.hear() for client in late] == [[421]] * 2
+    assert waiting.hear() == [220] and waiting.say(HELO) == [250]
+
+
+def test_busy_clients_stay_where_all_sessions_are_taken(world: World) -> None:
+    world.server.max_sessions = 2
+    busy, delivering = world.call(), world.call()
+    delivering.say(HELO + mail_to("c@d"))
+    for _ in range(10):
+        world.wait(9)
+        assert busy.say(b"NOOP\r\n")[-1] == 250
+    world.end(0)
+    assert delivering.hear() == [250] and not busy.closed
+
+
+def test_patience_is_short_after_a_long_delivery_too(world: World) -> None:
+    """The deadline comes nearer when the delivery ends; nobody else sets the timer then."""
+    world.server.max_sessions = 1
+    client = world.call()
+    client.say(HELO + mail_to("c@d"))
+    world.wait(100)
+    world.end(0)
+    assert client.hear() == [250]
+    world.wait(10.1)
+    assert client.hear() == [421]
+
+
+def test_three_hundred_silent_clients_keep_nobody_out(world: World) -> None:
+    port = world.listen()
+    silent = [world.connect(port) for _ in range(300)]
+    assert len(world.server.connections) == msmtpd.MAX_SESSIONS == 256
+    real = world.connect(port)
+    began = world.now
+    while not (greeting := real.hear()) and world.now < began + MINUTE:
+        world.wait(0.5)
+    assert greeting == [220] and world.now - began <= 15
+    assert real.say(HELO + mail_to("c@d")) == [250, 250, 250, 354]
+    world.end(0)
+    assert real.hear() == [250] and len(silent) == 300
+
+
+# Deadlines
+
+
+def test_a_silent_client_is_let_go_after_five_minutes(world: World) -> None:
+    client = world.call()
+    world.wait(299.9)
+    assert client.hear() == [220]
+    world.wait(0.2)
+    assert client.read() == msmtpd.TIMED_OUT and client.closed
+    assert len(world.server.connections) == 1  # it has not closed
+    world.wait(2.1)
+    assert not world.server.connections
+
+
+def test_complete_commands_are_progress_and_parts_of_lines_are_not(world: World) -> None:
+    client = world.call()
+    for _ in range(5):
+        world.wait(299)
+        assert client.say(b"NOOP\r\n")[-1] == 250
+    for _ in range(3):
+        world.wait(99)
+        assert client.say(b"NO") == []
+    world.wait(4)
+    assert client.hear() == [421]
+
+
+@pytest.mark.parametrize("octets, stays", [(1100, True), (900, False), (1, False)])
+def test_mail_data_are_progress_at_a_kibibyte_in_ten_seconds(world: World, octets: int, stays: bool) -> None:
+    client = world.call()
+    assert client.say(DATA) == IN_DATA
+    began = world.now
+    while not client.closed and world.now < began + 3600:
+        world.wait(10)
+        client.pump(b"x" * octets)
+        heard = client.hear()
+    assert client.closed != stays
+    assert stays or (heard == [421] and not world.held.pids)
+    if stays:
+        assert client.say(b"\r\n.\r\n") == []
+        world.end(0)
+        assert client.hear() == [250]
+    else:
+        assert world.logged("client timed out") == 1
+
+
+def test_a_big_piece_of_data_is_not_credit_for_later(world: World) -> None:
+    client = world.call()
+    client.say(DATA)
+    client.pump(b"x" * 60000)
+    world.turn()
+    world.wait(300.1)
+    assert client.hear()[-1:] == [421]
+
+
+# Clients that send too much or take too little
+
+
+def test_a_client_that_takes_no_replies_is_not_read_from_and_let_go(world: World) -> None:
+    client, commands = world.call(), b"HELP\r\n" * 20000
+    taken = sum(client.pump(commands) + (world.turn() or 0) for _ in range(200))
+    connection = next(iter(world.server.connections))
+    assert len(connection._output) <= msmtpd.OUTPUT_BUFFER + 1024
+    assert len(connection._session._input) <= 2 * msmtpd.RECEIVE_SIZE
+    world.turn(50)
+    assert client.pump(commands) == 0 and taken < 4_000_000
+    other = world.call()
+    assert other.say(HELO) == [220, 250]
+    world.wait(301)
+    world.wait(2.1)
+    assert connection not in world.server.connections
+
+
+def test_a_flood_of_commands_stays_bounded_and_lets_others_have_their_turn(world: World) -> None:
+    """However much the client sends: one piece of input in memory, TURN_STEPS of work in a turn."""
+    client, commands = world.call(), b"NOOP\r\n" * 20000
+    connection = next(iter(world.server.connections))
+    client.read()
+    for _ in range(200):
+        client.pump(commands)
+        world.loop.turn()
+        assert len(codes(client.read())) <= msmtpd.TURN_STEPS
+        assert len(connection._session._input) <= 2 * msmtpd.RECEIVE_SIZE
+    other = world.call()
+    assert other.say(HELO + b"NOOP\r\n") == [220, 250, 250]
+
+
+def test_a_flood_is_worked_off_to_its_end(world: World) -> None:
+    client, heard = world.call(), 0
+    client.pump(b"NOOP\r\n" * 5000)
+    for _ in range(5000 // msmtpd.TURN_STEPS + 2):
+        world.loop.turn()
+        heard += len(client.hear())
+    assert heard == 5001
+
+
+def test_a_client_that_reads_late_gets_every_reply(world: World) -> None:
+    """Its input must be worked off once it reads, though it sends nothing more that would wake us."""
+    client, heard = world.call(), 0
+    assert client.pump(b"HELP\r\n" * 10_000) == 60_000
+    world.turn(500)
+    (connection,) = world.server.connections
+    assert len(connection._output) > msmtpd.OUTPUT_BUFFER
+    for _ in range(2000):
+        heard += client.read().count(b"\n")
+        world.turn(1)
+    assert heard == 10_001
+
+
+def test_a_client_that_floods_after_the_end_is_dropped(world: World) -> None:
+    client = world.call()
+    client.say(b"GET / HTTP/1.0\r\n")
+    assert client.closed and len(world.server.connections) == 1
+    for _ in range(50):
+        client.pump(b"x" * 100000)
+        world.turn(1)
+    world.wait(2.1)
+    assert not world.server.connections
+
+
+def test_a_session_that_has_ended_keeps_no_input(world: World) -> None:
+    """It is in a cycle of references: what it kept would stay until Python looks for those."""
+    client = world.call()
+    (connection,) = world.server.connections
+    client.say(HELO + b"x" * 3000)
+    assert len(connection._session._input) == 3000 + len(HELO)
+    client.sock.close()
+    world.turn()
+    assert not world.server.connections and connection._session._input == b""
+
+
+# Authentication
+
+WRONG_AUTH = b"AUTH PLAIN " + b64(b"\0joe\0wrong").encode() + b"\r\n"
+RIGHT_AUTH = b"AUTH PLAIN " + b64(b"\0joe\0secret").encode() + b"\r\n"
+
+
+def test_an_outcome_of_auth_that_is_held_back_delays_nobody_else(make_world: Callable[..., World]) -> None:
+    world = make_world(policy=AUTH_POLICY)
+    guesser, user, other = world.call(), world.call(), world.call()
+    assert guesser.say(HELO + WRONG_AUTH) == [220, 250, 535]
+    assert guesser.say(WRONG_AUTH + b"NOOP\r\n") == []
+    assert user.say(HELO + RIGHT_AUTH + ENVELOPE) == [220, 250]
+    world.wait(0.9)
+    assert other.say(HELO + b"NOOP\r\n" * 3) == [220, 250, 250, 250, 250]
+    assert guesser.hear() == user.hear() == []
+    world.wait(0.2)
+    assert guesser.hear() == [535, 250] and user.hear() == [235, 250, 250]
+
+
+def test_a_pause_that_is_over_has_no_say_in_a_delivery(make_world: Callable[..., World]) -> None:
+    """Its deadline must not be taken for one of the delivery: the client would lose its reply."""
+    world = make_world(policy=AUTH_POLICY)
+    guesser, user = world.call(), world.call()
+    guesser.say(HELO + WRONG_AUTH)
+    user.say(HELO + RIGHT_AUTH)
+    world.wait(1.1)
+    assert user.say(mail_to("c@d")) == [235, 250, 250, 354]
+    guesser.say(b"QUIT\r\n")  # sets the timer
+    world.wait(5)
+    world.wait(500)
+    world.end(0)
+    assert user.hear() == [250] and not user.closed
+
+
+# Commands
+
+
+def test_sixteen_commands_run_at_once_and_further_mails_wait_in_order(world: World) -> None:
+    clients = [world.call() for _ in range(20)]
+    for number, client in enumerate(clients):
+        client.say(HELO + mail_to(f"r{number}@x"))
+        client.hear()
+    assert len(world.server.running) == len(world.held.pids) == msmtpd.MAX_COMMANDS == 16
+    for mail in (5, 0, 15, 7):
+        world.end(mail)
+        assert clients[mail].hear() == [250]
+    assert world.held.recipients == [f"r{number}@x".encode() for number in range(20)]
+    for mail in sorted(set(range(20)) - {5, 0, 15, 7}):
+        world.end(mail)
+    assert [client.hear() for client in clients] == [[] if n in (5, 0, 15, 7) else [250] for n in range(20)]
+
+
+def test_the_next_mail_of_a_session_waits_behind_those_of_others(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(msmtpd, "MAX_COMMANDS", 1)
+    greedy, modest = world.call(), world.call()
+    greedy.say(HELO + mail_to("g1@x") + mail_to("g2@x"))
+    modest.say(HELO + mail_to("m@x"))
+    for mail in range(3):
+        world.end(mail)
+    assert world.held.recipients == [b"g1@x", b"m@x", b"g2@x"]
+
+
+def test_a_client_that_leaves_while_its_mail_waits_has_sent_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(msmtpd, "MAX_COMMANDS", 1)
+    first, gone = world.call(), world.call()
+    first.say(HELO + mail_to("first@x"))
+    gone.say(HELO + mail_to("gone@x"))
+    gone.sock.close()
+    world.turn()
+    world.end(0)
+    world.end(1)
+    assert world.held.recipients == [b"first@x", b"gone@x"] and first.hear()[-1] == 250
+    assert world.logged("to=<gone@x> count=1") == 1
+
+
+STUBBORN = """trap '' TERM; sh -c 'trap "" TERM; echo kept me; while :; do sleep 1; done' & wait; wait; :"""
+
+
+def test_a_command_that_takes_too_long_is_ended_with_all_it_has_started(make_world: Callable[..., World]) -> None:
+    world = make_world(command="sleep 1000 & sleep 1000; :")
+    client = world.call()
+    assert client.say(HELO + mail_to("c@d")) == IN_DATA
+    (delivery,) = world.server.running
+    pid = delivery._pid
+    world.wait(599)
+    world.server.reap()
+    assert client.hear() == []
+    world.wait(1.1)
+    world.reap(pid)
+    assert client.read() == b"451 4.3.0 Command took longer than 600 seconds\r\n"
+    wait_until(lambda: not group_members(pid))
+
+
+def test_a_command_that_ignores_sigterm_is_killed_ten_seconds_later(make_world: Callable[..., World]) -> None:
+    world = make_world(command=STUBBORN)
+    client = world.call()
+    client.say(HELO + mail_to("c@d"))
+    (delivery,) = world.server.running
+    pid = delivery._pid
+    wait_until(lambda: (world.turn(), b"kept me" in delivery._tail)[1])
+    world.wait(600.1)
+    world.wait(9.8)
+    world.server.reap()
+    assert world.server.running and client.hear() == []
+    world.wait(0.2)
+    world.reap(pid)
+    assert client.hear() == [451] and not world.server.running
+    wait_until(lambda: not group_members(pid))
+
+
+def test_a_stopped_command_is_ended_by_its_time_limit_as_well(make_world: Callable[..., World]) -> None:
+    world = make_world(command="kill -STOP $$; :")
+    client, other = world.call(), world.call()
+    client.say(HELO + mail_to("c@d"))
+    (delivery,) = world.server.running
+    pid = delivery._pid
+    os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
+    world.server.reap()
+    assert other.say(HELO) == [220, 250] and client.hear() == []
+    world.wait(600.1)
+    world.wait(10.1)
+    world.reap(pid)
+    assert client.hear() == [451]
+
+
+def test_what_a_command_leaves_running_delays_nothing(make_world: Callable[..., World]) -> None:
+    world = make_world(command="echo started; sleep 1000 & exit 75; :")
+    client = world.call()
+    client.say(HELO + mail_to("c@d"))
+    (delivery,) = world.server.running
+    pid = delivery._pid
+    world.reap(pid)
+    reply = client.read()
+    assert codes(reply) == [451] and b"started" in reply and not world.server.running
+    os.killpg(pid, signal.SIGKILL)
+    assert not zombies([pid])
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENOENT])
+def test_a_command_that_cannot_be_started_is_tried_again_later(
+    world: World, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    client = world.call()
+    with monkeypatch.context() as patch:
+        patch.setattr(world.held, "start", fail_with(OSError(number, os.strerror(number))))
+        before = descriptors()
+        client.sock.sendall(HELO + mail_to("c@d"))
+        world.turn()
+        reply = client.read()
+        assert codes(reply) == [*IN_DATA, 451] and os.strerror(number).encode() in reply
+        assert descriptors() == before and not world.server.running
+        assert world.logged("reply=451") == 1 and world.logged("unexpected") == 0
+    client.say(mail_to("c@d"))
+    world.end(0)
+    assert client.hear()[-1] == 250
+
+
+def test_pipes_that_cannot_be_had_are_answered_likewise(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the spool, then for the output."""
+    client = world.call()
+    pipe, calls = os.pipe, []
+    for working in (0, 1):
+
+        def some_pipes(working: int = working) -> tuple[int, int]:
+            calls.append(working)
+            if len(calls) > working:
+                raise OSError(errno.EMFILE, "Too many open files")
+            return pipe()
+
+        with monkeypatch.context() as patch:
+            calls.clear()
+            patch.setattr(os, "pipe", some_pipes)
+            before = descriptors()
+            assert client.say((HELO if not working else b"") + mail_to("c@d"))[-1] == 451
+            assert descriptors() == before
+
+
+# Resources
+
+
+class FickleSocket(socket.socket):
+    """A listening socket that fails to accept while `error` is set."""
+
+    error = 0
+    calls = 0
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        self.calls += 1
+        if self.error:
+            raise OSError(self.error, os.strerror(self.error))
+        return super().accept()
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS])
+def test_a_server_without_descriptors_rests_and_recovers_with_one_line_each(world: World, number: int) -> None:
+    sock = FickleSocket()
+    port = world.listen(sock)
+    old = world.connect(port)
+    sock.error = number
+    client = world.connect(port)
+    for _ in range(10):
+        world.wait(1.01)
+        assert old.say(b"NOOP\r\n")[-1] == 250
+    world.turn(50)  # it rests
+    assert sock.calls <= 15 and client.hear() == []
+    assert world.logged("cannot accept clients for now") == 1
+    sock.error = 0
+    world.wait(1.01)
+    assert client.hear() == [220] and world.logged("no longer wait") == 0
+    old.sock.close()
+    client.sock.close()
+    world.turn()
+    assert world.logged("no longer wait") == 1 and len(world.lines) == 2
+
+
+def test_silent_clients_are_let_go_soon_where_descriptors_have_run_out(world: World) -> None:
+    sock = FickleSocket()
+    port = world.listen(sock)
+    silent = [world.connect(port) for _ in range(3)]
+    world.wait(5)
+    sock.error = errno.EMFILE
+    waiting = world.connect(port)
+    world.wait(5.1)
+    assert [client.hear() for client in silent] == [[220, 421]] * 3
+    sock.error = 0
+    world.wait(1.1)
+    assert waiting.hear() == [220]
+
+
+def test_a_client_that_has_gone_before_it_was_accepted_is_nothing(world: World) -> None:
+    sock = FickleSocket()
+    port = world.listen(sock)
+    sock.error = errno.ECONNABORTED
+    client = world.connect(port)
+    sock.error = 0
+    world.turn()
+    assert client.hear() == [220] and not world.lines
+
+
+# Exceptions that nobody expected
+
+
+def fail_with(error: Exception) -> Callable[..., Any]:
+    def fail(*arguments: Any) -> Any:
+        raise error
+
+    return fail
+
+
+def test_an_exception_in_a_session_costs_this_client_only(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(msmtpd.VERBS, b"HELP", (fail_with(ValueError("deliberate")), ()))
+    client, other = world.call(), world.call()
+    client.say(DATA.replace(b"DATA", b"NOOP"))
+    client.sock.sendall(b"HELP\r\nNOOP\r\n")
+    world.turn()
+    assert client.read().endswith(msmtpd.INTERNAL_ERROR) and client.closed
+    assert world.logged("unexpected ValueError: deliberate") == 1 and world.logged(f"{__file__}:") == 1
+    assert all("\n" not in line for line in world.lines)
+    other.say(HELO + mail_to("c@d"))
+    world.end(0)
+    assert other.hear()[-1] == 250
+    client.sock.close()
+    world.turn()
+    assert len(world.server.connections) == 1
+
+
+@pytest.mark.parametrize("name", ["start", "_spawn", "_read_output", "_finish", "_log", "reap"])
+def test_an_exception_in_a_delivery_costs_this_client_only(
+    world: World, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The process is not forgotten either: no zombie, no descriptor, no place among the commands."""
+    client, other = world.call(), world.call()
+    before = descriptors()
+    with monkeypatch.context() as patch:
+        patch.setattr(msmtpd.Delivery, name, fail_with(ValueError("deliberate")))
+        heard = client.say(HELO + mail_to("c@d"))
+        for mail, pid in enumerate(world.held.pids):
+            world.held.end(mail, 0)
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        world.reap()
+    assert (heard + client.hear())[-1] == 421 and world.logged("ValueError: deliberate") == 1
+    other.say(HELO + mail_to("c@d"))
+    world.end(len(world.held.pids) - 1)
+    assert other.hear()[-1] == 250
+    world.reap()
+    assert not world.server.running and descriptors() <= before + len(world.held.pids)
+    assert not zombies(world.held.pids)
+
+
+def test_deliveries_that_all_fail_to_start_take_no_stack(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all sessions waiting for their turn it would not suffice."""
+    monkeypatch.setattr(msmtpd, "MAX_COMMANDS", 1)
+    clients = [world.call() for _ in range(20)]
+    for client in clients:
+        client.say(HELO + mail_to("c@d"))
+    depths: list[int] = []
+
+    def fail(*arguments: Any) -> int:
+        depths.append(len(traceback.extract_stack()))
+        raise RuntimeError("deliberate")
+
+    monkeypatch.setattr(world.held, "start", fail)
+    world.end(0)
+    assert [client.hear() for client in clients] == [[250]] + [[421]] * 19
+    assert max(depths) - min(depths) < 10
+
+
+@pytest.mark.parametrize("name", ["_flush", "_watch", "_close"])
+def test_an_exception_that_comes_again_while_the_session_is_ended(
+    world: World, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The fault that ends a session may be in what ends sessions; the loop goes on."""
+    client, other = world.call(), world.call()
+    works = getattr(msmtpd.Connection, name)
+    victim = next(c for c in world.server.connections if c._number == 1)
+
+    def fail(connection: msmtpd.Connection, *arguments: Any, **named: Any) -> None:
+        if connection is victim:
+            raise ValueError("deliberate")
+        works(connection, *arguments, **named)
+
+    monkeypatch.setattr(msmtpd.Connection, name, fail)
+    client.sock.sendall(HELO + b"QUIT\r\n")
+    world.turn()
+    assert world.logged("ValueError: deliberate") >= 1
+    assert other.say(HELO) == [220, 250]
+    client.sock.close()
+    world.wait(301)
+    assert victim not in world.server.connections
+
+
+def test_a_log_that_fails_in_an_unexpected_way_stops_nobody(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world, "write", fail_with(ValueError("deliberate")))
+    client, other = world.call(), world.call()
+    client.say(b"GET / HTTP/1.0\r\n")
+    assert other.say(HELO) == [220, 250]
+
+
+# Stop
+
+
+def test_a_stop_ends_idle_sessions_and_accepts_nothing_more(world: World) -> None:
+    port = world.listen()
+    fresh, greeted, asked = world.connect(port), world.connect(port), world.call()
+    greeted.say(HELO)
+    world.server.stop()
+    assert fresh.read() == msmtpd.GREETING + msmtpd.SHUTTING_DOWN
+    assert greeted.hear() == [421] and asked.hear() == [220, 421]
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port))
+    for client in world.clients:
+        client.sock.close()
+    world.server.run()
+
+
+# What has been said before the stop, and what is said after it with its replies.
+STOPPED_TRANSACTIONS = {
+    "after MAIL": (HELO + b"MAIL FROM:<a@b>\r\n", b"RCPT TO:<c@d>\r\nDATA\r\nx\r\n.\r\n", [250, 354]),
+    "after RCPT": (HELO + ENVELOPE, b"DATA\r\nx\r\n.\r\n", [354]),
+    "in the data": (DATA + b"x", b"y\r\n.\r\n", []),
+    "in a line": (HELO + ENVELOPE + b"DA", b"TA\r\n.\r\n", [354]),
+}
+
+
+@pytest.mark.parametrize("before, after, replies", STOPPED_TRANSACTIONS.values(), ids=STOPPED_TRANSACTIONS)
+def test_a_stop_lets_a_transaction_come_to_its_end(
+    world: World, before: bytes, after: bytes, replies: list[int]
+) -> None:
+    client = world.call()
+    client.say(before)
+    world.server.stop()
+    world.turn()
+    world.wait(30)
+    client.hear()
+    assert client.say(after + mail_to("next@x")) == replies
+    world.end(0)
+    assert client.hear() == [250, 421] and world.held.recipients == [b"c@d"]
+    client.sock.close()
+    world.server.run()
+
+
+def test_a_stop_ends_a_session_whose_transaction_is_given_up(world: World) -> None:
+    client = world.call()
+    client.say(HELO + ENVELOPE)
+    world.server.stop()
+    assert client.say(b"RSET\r\nNOOP\r\n") == [250, 421]
+
+
+def test_a_stop_waits_for_deliveries_that_run_and_for_those_that_wait(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(msmtpd, "MAX_COMMANDS", 1)
+    clients = [world.call() for _ in range(3)]
+    for number, client in enumerate(clients):
+        client.say(HELO + mail_to(f"r{number}@x"))
+    clients[2].sock.close()
+    world.server.stop()
+    world.wait(300)  # far beyond the grace for open transactions
+    for mail in range(3):
+        assert len(world.server.running) == 1
+        world.end(mail)
+    assert [client.hear()[-2:] for client in clients[:2]] == [[250, 421]] * 2
+    for client in clients:
+        client.sock.close()
+    world.server.run()
+
+
+def test_a_stop_ends_open_transactions_after_a_minute(world: World) -> None:
+    client, deaf = world.call(), world.call()
+    client.say(DATA + b"x")
+    client.hear()
+    deaf.say(DATA)
+    world.server.stop()
+    world.wait(59.9)
+    assert client.hear() == []
+    world.wait(0.2)
+    assert client.read() == msmtpd.SHUTTING_DOWN
+    world.wait(2.1)
+    world.server.run()
+    assert not world.held.pids
+
+
+def test_a_stop_during_a_pause_gives_the_outcome_first(make_world: Callable[..., World]) -> None:
+    world = make_world(policy=AUTH_POLICY)
+    client = world.call()
+    assert client.say(HELO + WRONG_AUTH + WRONG_AUTH) == [220, 250, 535]
+    world.server.stop()
+    world.wait(1.1)
+    assert client.hear() == [535, 421]
+
+
+def test_a_second_stop_ends_at_once(world: World) -> None:
+    world.call().say(DATA)
+    world.server.stop()
+    with pytest.raises(SystemExit) as end:
+        world.server.stop()
+    assert end.value.code == 1
+
+
+# ---- Faults, load and limits: as processes ---------------------------------
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 10) -> None:
+    """Wait for something that takes its time in another process."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it has not come about"
+        time.sleep(0.005)
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def process_state(pid: int) -> tuple[str, int]:
+    """Return a process's state and group, an empty state if it has gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "", 0
+    return fields[0], int(fields[2])
+
+
+def zombies(pids: list[int]) -> list[int]:
+    return [pid for pid in pids if process_state(pid)[0] == "Z"]
+
+
+def group_members(group: int) -> list[int]:
+    """Return the processes of a group that are alive."""
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    states = {pid: process_state(pid) for pid in pids}
+    return [pid for pid, (state, of) in states.items() if of == group and state not in ("", "Z")]
+
+
+def python_for(user: str | None) -> str:
+    """Return a Python that a user may execute, or skip the test."""
+    for python in (sys.executable, "/usr/bin/python3"):
+        with contextlib.suppress(OSError, ValueError):
+            if subprocess.run([python, "-I", "-S", "-c", ""], user=user, check=False).returncode == 0:
+                return python
+    pytest.skip(f"cannot run Python as {user}")
+
+
+SET_LIMIT = """
+import resource, sys
+pid, what, value = map(int, sys.argv[1:])
+soft, hard = resource.prlimit(pid, what)
+resource.prlimit(pid, what, (value, hard))
+print(soft)
+"""
+
+
+@contextlib.contextmanager
+def limited(daemon: Daemon, what: int, value: int, user: str | None = None) -> Iterator[None]:
+    """Set a resource limit of a running server for a while, as the user it runs as."""
+    python = python_for(user)
+
+    def limit(number: int) -> int:
+        arguments = [str(number) for number in (daemon.process.pid, what, number)]
+        return int(subprocess.check_output([python, "-c", SET_LIMIT, *arguments], user=user))
+
+    before = limit(value)
+    yield
+    limit(before)
+
+
+def big_mail(octets: int, recipient: str = "c@d") -> bytes:
+    lines = b"0123456789abcdef\r\n" * (octets // 18)
+    return b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<%s>\r\nDATA\r\n%s.\r\n" % (recipient.encode(), lines)
+
+
+def reset(sock: socket.socket) -> None:
+    """Close so that the other side sees a reset connection."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    sock.close()
+
+
+COUNT = 'echo >> "$MAILS/count"'  # the recipients come behind it
+
+
+def counted(box: Box) -> list[str]:
+    path = box.directory / "count"
+    return sorted(path.read_text().split()) if path.exists() else []
+
+
+def idle_descriptors(daemon: Daemon) -> int:
+    """Return how many descriptors a server has that has served a session, and has none now."""
+    daemon.talk(b"NOOP\r\nQUIT\r\n")
+    directory = Path(f"/proc/{daemon.process.pid}/fd")
+    wait_until(lambda: sum(os.readlink(path).startswith("socket:") for path in directory.iterdir()) == 1)
+    return daemon.descriptors()
+
+
+def quiet(daemon: Daemon) -> None:
+    """Wait until a server has no child."""
+    wait_until(lambda: not daemon.children())
+
+
+# Disk
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    path = tmp_path / "tiny"
+    path.mkdir()
+    sudo = [] if os.geteuid() == 0 else ["sudo", "-n"]
+    mount = [*sudo, need("mount"), "-t", "tmpfs", "-o", "size=64k,mode=1777", "tmpfs", str(path)]
+    if subprocess.run(mount, stderr=subprocess.DEVNULL, check=False).returncode:
+        pytest.skip("may not mount a file system")
+    yield path
+    subprocess.run([*sudo, need("umount"), "-l", str(path)], check=True)
+
+
+def test_a_full_disk_refuses_big_mails_for_now_and_nothing_else(
+    start: Callable[..., Daemon], box: Box, tiny: Path
+) -> None:
+    daemon = start(f"--command={box.command}", environment={**box.environment, "TMPDIR": str(tiny)})
+    with daemon.connect() as sock:
+        sock.sendall(big_mail(200_000) + MAIL + big_mail(40_000) + b"QUIT\r\n")
+        replies = read_all(sock)
+    assert codes(replies) == [220, 250, 250, 250, 354, 452, 250, 250, 250, 354, 250, 250, 250, 250, 354, 250, 221]
+    assert [len(content) for _, content in box.mails()] == [len(CONTENT), 40_000 // 18 * 17]
+    (tiny / "filler").write_bytes(b"x" * 60_000)
+    assert codes(daemon.talk(big_mail(40_000)))[-1] == 452
+    (tiny / "filler").unlink()
+    assert codes(daemon.talk(big_mail(40_000)))[-1] == 250
+    assert daemon.log().count("cannot store a mail in TMPDIR: No space left") == 2
+    assert os.listdir(tiny) == [] and "unexpected" not in daemon.log()
+
+
+def test_a_limit_on_the_size_of_files_refuses_big_mails_for_now(start: Callable[..., Daemon], box: Box) -> None:
+    daemon = start(f"--command={box.command}", environment=box.environment)
+    with limited(daemon, resource.RLIMIT_FSIZE, 50_000):
+        assert codes(daemon.talk(big_mail(200_000) + MAIL))[-6:] == [452, 250, 250, 250, 354, 250]
+    assert codes(daemon.talk(big_mail(200_000)))[-1] == 250 and len(box.mails()) == 2
+
+
+def test_a_spool_directory_that_is_missing_refuses_big_mails_for_now(start: Callable[..., Daemon], box: Box) -> None:
+    spool = box.directory / "spool"
+    daemon = start(f"--command={box.command}", environment={**box.environment, "TMPDIR": str(spool)})
+    assert codes(daemon.talk(big_mail(100_000) + MAIL))[-6:] == [452, 250, 250, 250, 354, 250]
+    spool.mkdir()
+    assert codes(daemon.talk(big_mail(100_000)))[-1] == 250
+
+
+def test_a_log_on_a_full_disk_never_disturbs_mail(start: Callable[..., Daemon], box: Box) -> None:
+    daemon = start("--log=/dev/full", f"--command={box.command}", environment=box.environment)
+    assert codes(daemon.talk(MAIL + b"GET / HTTP/1.0\r\n"))[-1] == 250
+    daemon.process.send_signal(signal.SIGHUP)
+    assert codes(daemon.talk(MAIL))[-1] == 250 and len(box.mails()) == 2 and daemon.stop() == 0
+
+
+def test_a_log_that_moves_away_and_signals_lose_neither_mails_nor_lines(
+    start: Callable[..., Daemon], box: Box
+) -> None:
+    log = box.directory / "log"
+    daemon = start(f"--log={log}", f"--command={COUNT}", environment=box.environment)
+
+    def send() -> None:
+        with daemon.smtp() as client:
+            for number in range(20):
+                client.sendmail("a@b", [f"{threading.get_ident()}.{number}@x"], "Subject: x\n\nx\n")
+
+    threads = [threading.Thread(target=send) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for number in range(10):
+        log.rename(log.with_suffix(f".{number}"))
+        if number % 2:
+            daemon.process.send_signal(signal.SIGHUP)
+        wait_until(log.exists)
+    for thread in threads:
+        thread.join()
+    lines = "".join(path.read_text() for path in box.directory.glob("log*"))
+    assert lines.count("mail from=<a@b>") == len(counted(box)) == 80 == len(set(counted(box)))
+
+
+# Descriptors, processes
+
+
+def test_more_clients_than_descriptors(start: Callable[..., Daemon], box: Box) -> None:
+    """They wait, in the dark about it; all is well again when they have gone."""
+    daemon = start(f"--command={box.command}", environment=box.environment)
+    before = idle_descriptors(daemon)
+    with limited(daemon, resource.RLIMIT_NOFILE, before + 10):
+        clients = [daemon.connect() for _ in range(40)]
+        wait_until(lambda: "cannot accept clients for now: Too many open files" in daemon.log())
+        clients[0].sendall(big_mail(100_000) + MAIL)
+        replies = b""
+        while len(codes(replies)) < 11:
+            replies += clients[0].recv(65536)
+        assert [code for code in codes(replies) if code >= 400] == [452, 451]
+        for client in clients[1:]:
+            client.close()
+        wait_until(lambda: daemon.descriptors() == before + 1)
+        clients[0].sendall(MAIL)
+        wait_until(lambda: len(box.mails()) == 1)
+        clients[0].close()
+    assert codes(daemon.talk(MAIL))[-1] == 250
+    quiet(daemon)
+    wait_until(lambda: daemon.descriptors() == before)
+    assert daemon.log().count("cannot accept clients") <= 5 and "unexpected" not in daemon.log()
+    assert daemon.stop() == 0
+
+
+def test_where_descriptors_are_few_there_are_fewer_sessions(start: Callable[..., Daemon], box: Box) -> None:
+    """Else silent clients would take all the descriptors, and be met with the long patience."""
+
+    def few() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+
+    daemon = start(f"--command={box.command}", environment=box.environment, preexec_fn=few)
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(daemon.connect())
+        first.sendall(HELO)
+        for _ in range(100):
+            stack.enter_context(daemon.connect()).sendall(big_mail(100_000)[:80_000])
+        wait_until(lambda: "sessions are taken, further clients wait" in daemon.log())
+        first.sendall(MAIL + big_mail(100_000) + b"QUIT\r\n")
+        assert codes(read_all(first)) == [220, 250, 250, 250, 250, 354, 250, 250, 250, 250, 354, 250, 221]
+    assert "cannot" not in daemon.log()
+
+
+def test_a_client_authenticates_while_there_are_no_descriptors(start: Callable[..., Daemon], box: Box) -> None:
+    """What only some sessions need may be imported late, but not when it can fail."""
+    daemon = start(f"--command={box.command}", "--auth=joe,echo secret", environment=box.environment)
+    with contextlib.ExitStack() as stack, limited(daemon, resource.RLIMIT_NOFILE, idle_descriptors(daemon) + 8):
+        clients = [stack.enter_context(daemon.connect()) for _ in range(30)]
+        wait_until(lambda: "cannot accept clients for now" in daemon.log())
+        clients[0].sendall(b"EHLO x\r\nAUTH PLAIN AGpvZQBzZWNyZXQ=\r\nQUIT\r\n")
+        assert codes(read_all(clients[0])) == [220, 250, 235, 221]
+        clients[1].sendall(b"EHLO x\r\nAUTH CRAM-MD5\r\n*\r\nAUTH SCRAM-SHA-256 biwsbj1qb2Uscj1h\r\n*\r\nQUIT\r\n")
+        assert codes(read_all(clients[1])) == [220, 250, 334, 501, 334, 501, 221]
+    assert daemon.process.poll() is None
+    assert codes(daemon.talk(b"QUIT\r\n")) == [220, 221] and "unexpected" not in daemon.log()
+
+
+@contextlib.contextmanager
+def unprivileged(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Daemon, Box, str | None]]:
+    """A server that does not run as root, so that limits on processes hold for it."""
+    user = None if os.geteuid() else "nobody"
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        directory = Path(name)
+        program = [python_for(user), "-I", "-S", shutil.copy(PROGRAM, directory)]
+        monkeypatch.setattr(sys.modules[Daemon.__module__], "RUN", program)
+        mask = os.umask(0)
+        try:
+            directory.chmod(0o777)
+            box = Box(directory / "box")
+            daemon = Daemon(directory, f"--command={box.command}", environment=box.environment, user=user)
+        finally:
+            os.umask(mask)
+        yield daemon, box, user
+        daemon.process.kill()
+        daemon.process.wait()
+
+
+def test_no_processes_for_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    with unprivileged(monkeypatch) as (daemon, box, user):
+        with limited(daemon, resource.RLIMIT_NPROC, 1, user), daemon.connect() as sock:
+            sock.sendall(MAIL + MAIL + b"QUIT\r\n")
+            replies = read_all(sock)
+            assert codes(replies) == [220, 250, 250, 250, 354, 451, 250, 250, 250, 354, 451, 221]
+            assert b"Resource temporarily unavailable" in replies
+        assert codes(daemon.talk(MAIL))[-1] == 250
+        assert len(box.mails()) == 1
+        assert daemon.log().count("reply=451") == 2 and "unexpected" not in daemon.log()
+
+
+# Commands
+
+HUNDRED_MEGABYTES = "head -c 100000000 /dev/zero | tr '\\0' x; head -c 100000000 /dev/zero | tr '\\0' y >&2"
+COMMANDS_THAT_FAIL = {  # command, the code of the reply, what is in it
+    "kill -9 $$; :": (451, "Command was ended by signal 9"),
+    "kill $$; :": (451, "Command was ended by signal 15"),
+    "kill -SEGV $$; :": (451, "Command was ended by signal 11"),
+    "sh -c 'kill -9 $$'; exit $?; :": (451, "Command was ended by signal 9"),
+    "/nonexistent/program": (451, "exit status 127"),
+    "nonexistent-program -x": (451, "exit status 127"),
+    "/etc/passwd": (451, "exit status 126"),
+    "exit 126; :": (451, "exit status 126"),
+    "exit 127; :": (451, "exit status 127"),
+    "exit 129; :": (451, "Command was ended by signal 1"),
+    "exit 255; :": (554, "Command failed with exit status 255"),
+    "sleep 10 & echo left; exit 65; :": (554, "left"),
+    f"{HUNDRED_MEGABYTES}; echo; echo last words; exit 65; :": (554, "last words"),
+    "exec < /dev/null > /dev/null 2> /dev/null; exit 75; :": (451, "EX_TEMPFAIL"),
+}
+
+
+@pytest.mark.parametrize("command, code, text", [(c, *r) for c, r in COMMANDS_THAT_FAIL.items()], ids=repr)
+def test_commands_that_fail(start: Callable[..., Daemon], box: Box, command: str, code: int, text: str) -> None:
+    daemon = start(f"--command={command}", environment=box.environment)
+    with daemon.connect() as sock:
+        sock.sendall(MAIL + b"NOOP\r\nQUIT\r\n")
+        replies = read_all(sock)
+    assert codes(replies) == [*IN_DATA, code, 250, 221] and text.encode() in replies
+    assert max(map(len, replies.splitlines(True))) <= 512 and daemon.children() == []
+    assert memory_kib(daemon.process.pid) < 40_000
+    daemon.stop()
+
+
+def memory_kib(pid: int) -> int:
+    """Return the most memory that a process has had, in KiB."""
+    return int(re.findall(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[0])
+
+
+COMMANDS_THAT_SUCCEED = {
+    "does not read": "true",
+    "closes its input": "exec <&-; sleep 0.1; :",
+    "reads a line": "read line; :",
+    "leaves a child": "sleep 10 & :",
+    "leaves a child in a session of its own": "setsid sleep 10 & :",
+    "floods": f"{HUNDRED_MEGABYTES}; :",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS_THAT_SUCCEED.values(), ids=COMMANDS_THAT_SUCCEED)
+def test_commands_that_succeed_in_odd_ways(start: Callable[..., Daemon], box: Box, command: str) -> None:
+    daemon = start(f"--command={command}", environment=box.environment)
+    began = time.monotonic()
+    assert codes(daemon.talk(big_mail(5_000_000) + b"QUIT\r\n"))[-2:] == [250, 221]
+    assert "sleep 10" not in command or time.monotonic() - began < 8
+    assert daemon.children() == [] and daemon.stop() == 0
+
+
+def test_a_stopped_command_delays_nobody_and_may_go_on(start: Callable[..., Daemon], box: Box) -> None:
+    command = f'[ "$MSMTPD_SENDER" != a@b ] || kill -STOP $$; {COUNT}'
+    daemon = start(f"--command={command}", environment=box.environment)
+    with daemon.connect() as sock:
+        sock.sendall(MAIL)
+        wait_until(lambda: [process_state(pid)[0] for pid in daemon.children()] == ["T"])
+        assert codes(daemon.talk(MAIL.replace(b"a@b", b"other@b").replace(b"c@d", b"second@x")))[-1] == 250
+        os.kill(daemon.children()[0], signal.SIGCONT)
+        sock.sendall(b"QUIT\r\n")
+        assert codes(read_all(sock)) == [*IN_DATA, 250, 221]
+    assert counted(box) == ["c@d", "second@x"]
+
+
+def test_children_that_outlive_a_command_keep_no_socket_of_ours(start: Callable[..., Daemon], box: Box) -> None:
+    pidfile = box.directory / "pid"
+    daemon = start(f"--command=sleep 10 & echo $! > {pidfile}; :", environment=box.environment)
+    daemon.talk(MAIL)
+    pid = int(pidfile.read_text())
+    try:
+        wait_until(lambda: sorted(os.listdir(f"/proc/{pid}/fd")) == ["0", "1", "2"])
+        targets = [os.readlink(f"/proc/{pid}/fd/{number}") for number in range(3)]
+        assert not [target for target in targets if target.startswith("socket:")]
+        assert daemon.stop() == 0
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((daemon.host, daemon.port))
+    finally:
+        os.kill(pid, signal.SIGKILL)
+
+
+# Clients
+
+END_OF_MAIL = len(MAIL)
+
+
+def half_close(sock: socket.socket) -> None:
+    sock.shutdown(socket.SHUT_WR)
+    read_all(sock)
+    sock.close()
+
+
+@pytest.mark.parametrize("leave", [reset, socket.socket.close, half_close])
+def test_a_client_that_vanishes_at_any_octet_leaves_nothing_behind(
+    start: Callable[..., Daemon], box: Box, leave: Callable[[socket.socket], None]
+) -> None:
+    """Half a mail is never delivered; a whole one is, unless the reset has overtaken it."""
+    spool = box.directory / "spool"
+    spool.mkdir()
+    daemon = start(f"--command={COUNT}", environment={**box.environment, "TMPDIR": str(spool)})
+    before = idle_descriptors(daemon)
+    octets = MAIL.replace(b"hello", b"h" * 40_000) + b"QUIT\r\n"
+    end = octets.index(b"\r\n.\r\n") + 5
+    body = range(octets.index(b"hhh") + 10, end - 10)
+    for place in [n for n in range(len(octets) + 1) if n not in body or n % 8000 == 0]:
+        sock = daemon.connect()
+        sock.sendall(octets[:place])
+        leave(sock)
+    assert codes(daemon.talk(MAIL.replace(b"c@d", b"last@x")))[-1] == 250
+    quiet(daemon)
+    wait_until(lambda: daemon.descriptors() == before)
+    whole = len(octets) + 1 - end
+    delivered = counted(box)
+    assert delivered.count("last@x") == 1 and len(delivered) <= whole + 1
+    assert leave is reset or len(delivered) == whole + 1
+    assert os.listdir(spool) == [] and daemon.stop() == 0
+    assert "unexpected" not in daemon.log()
+
+
+def test_clients_that_stall_everywhere_delay_nobody(start: Callable[..., Daemon], box: Box) -> None:
+    daemon = start(f"--command={COUNT}", environment=box.environment)
+    with contextlib.ExitStack() as stack:
+        for place in range(0, END_OF_MAIL, 2):
+            stack.enter_context(daemon.connect()).sendall(MAIL[:place])
+        began = time.monotonic()
+        assert codes(daemon.talk(MAIL))[-1] == 250
+        assert time.monotonic() - began < 5 and counted(box) == ["c@d"]
+    wait_until(lambda: codes(daemon.talk(b"QUIT\r\n")) == [220, 221])
+
+
+# Load
+
+
+def test_five_hundred_mails_over_sixteen_connections(start: Callable[..., Daemon], box: Box) -> None:
+    daemon = start(f"--command={COUNT}", environment=box.environment)
+    before = idle_descriptors(daemon)
+    recipients = [f"r{number:03}@x" for number in range(500)]
+    accepted: list[bool] = []
+
+    def send(numbers: range) -> None:
+        with daemon.smtp() as client:
+            for number in numbers:
+                refused = client.sendmail("a@b", recipients[number], "Subject: x\n\nx\n")
+                accepted.append(not refused)
+
+    threads = [threading.Thread(target=send, args=(range(first, 500, 16),)) for first in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert accepted == [True] * 500 and counted(box) == recipients
+    assert daemon.children() == []
+    wait_until(lambda: daemon.descriptors() == before)
+
+
+@contextlib.contextmanager
+def many_descriptors(number: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if before[1] != resource.RLIM_INFINITY and before[1] < number:
+        pytest.skip(f"may not have {number} descriptors")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(number, before[0]), before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_thousand_clients_at_once_with_a_mail_each(start: Callable[..., Daemon], box: Box) -> None:
+    daemon = start(f"--command={COUNT}", environment=box.environment)
+    before = idle_descriptors(daemon)
+    recipients = [f"r{number:03}@x" for number in range(1000)]
+    with many_descriptors(1200), contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(daemon.connect()) for _ in recipients]
+        for client, recipient in zip(clients, recipients):
+            client.sendall(MAIL.replace(b"c@d", recipient.encode()) + b"QUIT\r\n")
+        for client in clients:
+            assert codes(read_all(client)) == [*IN_DATA, 250, 221]
+            client.close()
+    assert counted(box) == recipients
+    wait_until(lambda: daemon.descriptors() == before)
+    assert "unexpected" not in daemon.log() and daemon.log().count("sessions are taken") == 1
+
+
+# ---- Exactness: what becomes of a mail when something dies -----------------
+#
+# The table is also the manual page's.  Each row is played: the part, then who
+# dies when; the fate is told in words for the reader and in figures for the
+# test: the code that the client gets (0 for none) and the deliveries.
+
+GATED = r"""#!/bin/sh
+# Takes the mail, waits at the gate and ends as the test has written there.
+printf '%s\0' "$@" > "$MAILS/$$.argv"
+cat > "$MAILS/$$.part"
+: > "$MAILS/$$.running"
+: < "$MAILS/gate"
+read status < "$MAILS/status"
+[ "$status" = 0 ] && mv "$MAILS/$$.part" "$MAILS/$$.mail"
+exit "$status"
+"""
+
+
+class Stage:
+    """A server whose commands wait at a gate, and a client in the middle of a mail."""
+
+    def __init__(self, start: Callable[..., Daemon], box: Box) -> None:
+        self.box = box
+        box.record.write_text(GATED)
+        os.mkfifo(box.directory / "gate")
+        self._gate = -1
+        spool = box.directory / "spool"
+        spool.mkdir()
+        self.daemon = start(f"--command={box.record}", environment={**box.environment, "TMPDIR": str(spool)})
+        self.client = self.daemon.connect()
+
+    def running(self) -> int:
+        return len(list(self.box.directory.glob("*.running")))
+
+    def say(self, octets: bytes, replies: int) -> None:
+        """Send, and wait for that many replies."""
+        self.client.sendall(octets)
+        heard = b""
+        while len(codes(heard)) < replies:
+            heard += self.client.recv(65536)
+
+    def send_data(self) -> None:
+        self.say(DATA, 5)
+        self.client.sendall(b"Subject: test\r\n\r\nhel")
+
+    def send_mail(self) -> None:
+        """Send a mail and wait until its command runs."""
+        self.say(DATA, 5)
+        self.client.sendall(b"Subject: test\r\n\r\nhello\r\n.\r\n")
+        wait_until(lambda: self.running() == 1)
+
+    def open_gate(self, status: int = 0) -> None:
+        """Let the commands end, those to come too."""
+        (self.box.directory / "status").write_text(f"{status}\n")
+        self._gate = os.open(self.box.directory / "gate", os.O_RDWR)
+
+    def signal(self, number: int) -> None:
+        self.daemon.process.send_signal(number)
+
+    def last_code(self) -> int:
+        """Return the code of the last reply but a 421 behind it; 0 if there is none."""
+        try:
+            with contextlib.suppress(OSError):
+                self.client.shutdown(socket.SHUT_WR)
+            heard = codes(read_all(self.client))
+        except OSError:
+            return 0
+        return heard[0] if heard else 0
+
+    def delivered(self) -> int:
+        quiet_after(self.box)
+        return len(self.box.mails())
+
+    def close(self) -> None:
+        if self._gate < 0:
+            self.open_gate(75)
+        quiet_after(self.box)
+        os.close(self._gate)
+        self.client.close()
+
+
+def quiet_after(box: Box) -> None:
+    """Wait until every command that began has ended."""
+    pids = [int(path.stem) for path in box.directory.glob("*.running")]
+    wait_until(lambda: all(process_state(pid)[0] in ("", "Z") for pid in pids))
+
+
+@pytest.fixture
+def stage(start: Callable[..., Daemon], box: Box) -> Iterator[Stage]:
+    stage = Stage(start, box)
+    yield stage
+    stage.close()
+
+
+def client_dies_in_data(stage: Stage) -> None:
+    stage.send_data()
+    reset(stage.client)
+
+
+def client_dies_in_queue(stage: Stage) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(msmtpd.MAX_COMMANDS):
+            stack.enter_context(stage.daemon.connect()).sendall(MAIL)
+        wait_until(lambda: stage.running() == msmtpd.MAX_COMMANDS)
+        stage.say(DATA, 5)
+        stage.client.sendall(b"x\r\n.\r\n")
+        stage.client.close()
+        stage.open_gate()
+    wait_until(lambda: stage.running() == msmtpd.MAX_COMMANDS + 1)
+
+
+def client_dies_in_delivery(stage: Stage) -> None:
+    stage.send_mail()
+    reset(stage.client)
+    stage.open_gate()
+    wait_until(lambda: "reply=250" in stage.daemon.log())
+
+
+def client_dies_before_reply(stage: Stage) -> None:
+    stage.send_mail()
+    stage.client.shutdown(socket.SHUT_RD)
+    stage.client.close()
+    stage.open_gate()
+
+
+def command_refuses(stage: Stage) -> None:
+    stage.send_mail()
+    stage.open_gate(65)
+
+
+def command_fails_for_now(stage: Stage) -> None:
+    stage.send_mail()
+    stage.open_gate(75)
+
+
+def command_is_killed(stage: Stage) -> None:
+    stage.send_mail()
+    os.kill(stage.daemon.children()[0], signal.SIGKILL)
+
+
+def command_is_missing(stage: Stage) -> None:
+    stage.box.record.unlink()
+    stage.say(DATA, 5)
+    stage.client.sendall(b"x\r\n.\r\n")
+
+
+def disk_fills_up(stage: Stage) -> None:
+    with limited(stage.daemon, resource.RLIMIT_FSIZE, 50_000):
+        stage.say(DATA, 5)
+        stage.client.sendall(big_mail(200_000))
+        wait_until(lambda: "cannot store a mail" in stage.daemon.log())
+
+
+def server_is_killed_in_data(stage: Stage) -> None:
+    stage.send_data()
+    stage.signal(signal.SIGKILL)
+    stage.daemon.process.wait()
+
+
+def server_is_killed_in_queue(stage: Stage) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(msmtpd.MAX_COMMANDS):
+            stack.enter_context(stage.daemon.connect()).sendall(MAIL)
+        wait_until(lambda: stage.running() == msmtpd.MAX_COMMANDS)
+        stage.say(DATA, 5)
+        stage.client.sendall(b"x\r\n.\r\n")
+        stage.daemon.talk(b"QUIT\r\n")  # the dot has been read when this is answered
+        stage.signal(signal.SIGKILL)
+        stage.daemon.process.wait()
+        stage.open_gate()
+
+
+def server_is_killed_in_delivery(stage: Stage) -> None:
+    stage.send_mail()
+    stage.signal(signal.SIGKILL)
+    stage.daemon.process.wait()
+    stage.open_gate()
+
+
+def server_is_stopped_when_idle(stage: Stage) -> None:
+    stage.say(HELO, 2)
+    stage.signal(signal.SIGTERM)
+    wait_until(lambda: "stopping, 1 sessions" in stage.daemon.log())
+
+
+def server_is_stopped_in_data(stage: Stage) -> None:
+    stage.send_data()
+    stage.signal(signal.SIGTERM)
+    wait_until(lambda: "stopping, 1 sessions" in stage.daemon.log())
+    stage.client.sendall(b"lo\r\n.\r\n")
+    stage.open_gate()
+
+
+def server_is_stopped_in_delivery(stage: Stage) -> None:
+    stage.send_mail()
+    stage.signal(signal.SIGTERM)
+    wait_until(lambda: "stopping, 1 sessions and 1 commands" in stage.daemon.log())
+    stage.open_gate()
+
+
+def server_is_stopped_twice_in_data(stage: Stage) -> None:
+    stage.send_data()
+    stage.signal(signal.SIGTERM)
+    wait_until(lambda: "stopping" in stage.daemon.log())
+    stage.signal(signal.SIGTERM)
+    assert stage.daemon.process.wait(10) == 1
+
+
+def server_is_stopped_twice_in_delivery(stage: Stage) -> None:
+    stage.send_mail()
+    stage.signal(signal.SIGTERM)
+    wait_until(lambda: "stopping" in stage.daemon.log())
+    stage.signal(signal.SIGTERM)
+    assert stage.daemon.process.wait(10) == 1
+    stage.open_gate()
+
+
+NOT_DELIVERED = "not delivered; the client knows it by the missing reply"
+# who dies when: what becomes of the mail, the play, the code that the client gets, the deliveries
+EXACTNESS: dict[str, tuple[str, Callable[[Stage], None], int, int]] = {
+    "client, before the final dot": ("not delivered", client_dies_in_data, 0, 0),
+    "client, after the final dot while the mail waits for its turn": ("delivered", client_dies_in_queue, 0, 17),
+    "client, while the command runs": ("delivered, and the outcome logged", client_dies_in_delivery, 0, 1),
+    "client, before it has read the reply": (
+        "delivered; the client may send it once more (RFC 1047)",
+        client_dies_before_reply,
+        0,
+        1,
+    ),
+    "command, by its own decision": ("refused with 554, or 451 for a temporary failure", command_refuses, 554, 0),
+    "command, by a temporary failure": ("refused with 451, the client tries again", command_fails_for_now, 451, 0),
+    "command, by a signal or the time limit": ("refused with 451, the client tries again", command_is_killed, 451, 0),
+    "command, before it could be started": ("refused with 451, the client tries again", command_is_missing, 451, 0),
+    "disk, full while the mail is received": ("refused with 452, the client tries again", disk_fills_up, 452, 0),
+    "msmtpd, killed before the final dot": (NOT_DELIVERED, server_is_killed_in_data, 0, 0),
+    "msmtpd, killed while the mail waits for its turn": (NOT_DELIVERED, server_is_killed_in_queue, 0, 16),
+    "msmtpd, killed while the command runs": (
+        "the command has all of it and delivers; the client gets no reply and may send it once more",
+        server_is_killed_in_delivery,
+        0,
+        1,
+    ),
+    "msmtpd, SIGTERM between mails": ("the client gets 421 and has lost nothing", server_is_stopped_when_idle, 421, 0),
+    "msmtpd, SIGTERM before the final dot": (
+        "the client has a minute to finish it, then it is delivered; else 421 and not delivered",
+        server_is_stopped_in_data,
+        250,
+        1,
+    ),
+    "msmtpd, SIGTERM while the command runs": ("delivered and answered", server_is_stopped_in_delivery, 250, 1),
+    "msmtpd, a second SIGTERM before the final dot": (NOT_DELIVERED, server_is_stopped_twice_in_data, 0, 0),
+    "msmtpd, a second SIGTERM while the command runs": (
+        "the command has all of it and delivers; the client gets no reply and may send it once more",
+        server_is_stopped_twice_in_delivery,
+        0,
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("row", EXACTNESS)
+def test_exactness(stage: Stage, row: str) -> None:
+    _, play_row, code, deliveries = EXACTNESS[row]
+    play_row(stage)
+    assert (stage.last_code(), stage.delivered()) == (code, deliveries)
+    contents = {content for _, content in stage.box.mails()}
+    assert contents <= {CONTENT, b"x\n"}
+    assert os.listdir(stage.box.directory / "spool") == []
+    if stage.daemon.process.poll() is None and "SIGTERM" not in row:
+        quiet(stage.daemon)
+        assert codes(stage.daemon.talk(b"NOOP\r\nQUIT\r\n")) == [220, 250, 221]
+    elif "second" not in row and "killed" not in row:
+        assert stage.daemon.process.wait(10) == 0
 
 
 # ---- Real components -------------------------------------------------------
