@@ -3584,7 +3584,6 @@ def server_is_stopped_twice_in_delivery(stage: Stage) -> None:
     stage.open_gate()
 
 
-# who dies when: what becomes of the mail, the play, the code that the client gets, the deliveries
 
 # Row by row: the entry of the manual page's WHAT BECOMES OF A MAIL that tells
 # what becomes of it, what happens, the last reply, and how many are delivered.
