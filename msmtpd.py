@@ -727,6 +727,7 @@ class Session:
         "_reader",
         "authenticated",
         "envelope",
+        "last_refusal",
         "name",
     )
 
@@ -741,6 +742,7 @@ class Session:
         self._exchange: Exchange | None = None  # while _read_auth reads
         self._data: MailData | None = None  # while _read_data reads
         self._errors = 0  # since the last mail
+        self.last_refusal: Reply = b""  # of a command, since then
         self._auth_failures = 0
         self._input = b""
         self._at = 0  # where the unread input begins
@@ -760,6 +762,7 @@ class Session:
             return self._reader(self)
         except Refused as refused:
             self._expect_command()  # a refusal ends an AUTH exchange
+            self.last_refusal = refused.reply
             return self._negative(refused.reply)
 
     def delivered(self, reply: Reply) -> list[Action]:
@@ -769,6 +772,7 @@ class Session:
         if reply[:1] != b"2":
             return self._negative(reply)
         self._errors = 0
+        self.last_refusal = b""
         return [reply]
 
     def close(self) -> None:
@@ -1082,7 +1086,7 @@ class Command:
     whose quoting we cannot tell.
     """
 
-    __slots__ = ("_environment", "_program", "_words", "reparsed", "script")
+    __slots__ = ("_environment", "_plain", "_program", "_words", "reparsed", "script")
 
     def __init__(self, text: str, environment: Mapping[bytes, bytes]) -> None:
         self._environment = dict(environment)
@@ -1096,10 +1100,9 @@ class Command:
         if quote:
             quoted += after.partition(quote)[0]
         self.reparsed = bool(found) and any(blank in quoted for blank in b" \t\n")
-        self._program: str | None = None
-        self._words = command.split()
-        if self._words and not command.translate(None, _NO_SHELL_SYNTAX) and b"=" not in self._words[0]:
-            self._program = find_program(os.fsdecode(self._words[0]))
+        self._words = command.split() or [b""]
+        self._plain = not command.translate(None, _NO_SHELL_SYNTAX) and b"=" not in self._words[0]
+        self._program = find_program(os.fsdecode(self._words[0])) if self._plain else None
 
     def start(self, sender: bytes, recipients: Sequence[bytes], stdin: int, output: int) -> int:
         """Start the command for one mail and return its process id.
@@ -1117,15 +1120,24 @@ class Command:
                     raise
         return spawn("/bin/sh", [b"sh", b"-c", self.script, b"sh", *recipients], environment, actions)
 
-    def check_syntax(self) -> None:
-        """Let the shell read a command that it will have to run.  Raises StartupError."""
-        if self._program is None:
-            import subprocess
+    def check(self) -> str:
+        """Let the shell read a command that it will have to run; return a warning, or nothing.
 
-            check = subprocess.run(["/bin/sh", "-n", "-c", self.script], stderr=subprocess.PIPE, check=False)
-            if check.returncode:
-                reason = " ".join(last_lines(check.stderr, utf8=False))
-                raise StartupError(f"--command is no valid shell command: {reason}")
+        Raises StartupError where it cannot be read.
+        """
+        if self._program is not None:
+            return ""
+        import subprocess
+
+        check = subprocess.run(["/bin/sh", "-n", "-c", self.script], stderr=subprocess.PIPE, check=False)
+        if check.returncode:
+            reason = " ".join(last_lines(check.stderr, utf8=False))
+            raise StartupError(f"--command is no valid shell command: {reason}")
+        name = os.fsdecode(self._words[0])
+        search = ["/bin/sh", "-c", 'command -v "$1"', "sh", name]  # it may be a builtin
+        if self._plain and subprocess.run(search, stdout=subprocess.DEVNULL, check=False).returncode:
+            return f"there is no command {name}; mails are refused with 451 until there is"
+        return ""
 
     def _arguments(self, sender: bytes, recipients: Sequence[bytes]) -> list[bytes]:
         arguments = self._words + list(recipients)
@@ -1922,6 +1934,8 @@ class Connection:
         if self._phase == CLOSED:
             return
         self._phase = CLOSED
+        if self._session.last_refusal:
+            self.log("warning", "ended without a mail, last refusal: " + printable(self._session.last_refusal[:-2]))
         self._output.clear()
         self._session.close()
         self._server.loop.watch(self._reader, 0, self)
@@ -2233,13 +2247,19 @@ def serve_inetd(server: Server) -> int:
 
 def standard_socket() -> tuple[Socket | None, str]:
     """Return descriptor 0 as a socket, if it is one, and the client's address."""
-    from _socket import socket  # all that is needed here; the full module takes 10 ms
+    # All that is needed here; the full module takes 10 ms.
+    from _socket import SO_ACCEPTCONN, SOL_SOCKET, socket
 
     try:
         sock = socket(fileno=0)
-        return sock, ip_address(sock.getpeername())
     except OSError:
         return None, ""
+    if sock.getsockopt(SOL_SOCKET, SO_ACCEPTCONN):
+        raise StartupError("descriptor 0 listens; --inetd needs nowait in inetd.conf, Accept=yes in a .socket unit")
+    try:
+        return sock, ip_address(sock.getpeername())
+    except OSError:  # the client has gone already
+        return sock, ""
 
 
 # ---- Passwords -------------------------------------------------------------
@@ -2254,13 +2274,11 @@ def get_password(user: str, command: str, inetd: bool) -> bytes:
     """Return the password for --auth=user,command or --auth=user.  Raises StartupError."""
     if command:
         return password_from_command(command, inetd)
-    password = password_from_key_ring(user)
+    password, trouble = password_from_key_ring(user)
     if not password and not inetd:
         password = password_from_prompt(user)
     if not password:
-        raise StartupError(
-            f"no password for {user} in the key ring and no terminal to ask for it; use --auth={user},command"
-        )
+        raise StartupError(f"{trouble}, and no terminal to ask for a password; use --auth={user},command")
     return password
 
 
@@ -2281,8 +2299,8 @@ def first_line(output: bytes) -> bytes:
     return output.partition(b"\n")[0].rstrip(b"\r")
 
 
-def password_from_key_ring(user: str) -> bytes:
-    """Look where the manual page tells to store it; b"" where there is none or no key ring."""
+def password_from_key_ring(user: str) -> tuple[bytes, str]:
+    """Look where the manual page tells to store it; return the password, or b"" and the reason."""
     import subprocess
 
     query = ["secret-tool", "lookup", "host", "localhost", "service", "smtp", "user", user]
@@ -2290,16 +2308,16 @@ def password_from_key_ring(user: str) -> bytes:
         query = ["security", "find-internet-password", "-s", "localhost", "-r", "smtp", "-a", user, "-w"]
     try:
         result = subprocess.run(
-            query,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=KEY_RING_TIMEOUT,
-            check=False,
+            query, stdin=subprocess.DEVNULL, capture_output=True, timeout=KEY_RING_TIMEOUT, check=False
         )
-    except (OSError, subprocess.TimeoutExpired):
-        return b""
-    return b"" if result.returncode else first_line(result.stdout)
+    except OSError as error:
+        return b"", f"cannot ask the key ring by {query[0]}: {error.strerror}"
+    except subprocess.TimeoutExpired:
+        return b"", f"the key ring did not answer within {KEY_RING_TIMEOUT:.0f} seconds"
+    if result.returncode:
+        reason = "".join(f" ({line})" for line in last_lines(result.stderr, utf8=False)[-1:])
+        return b"", f"no password for {user} in the key ring{reason}"
+    return first_line(result.stdout), f"the password for {user} in the key ring is empty"
 
 
 def password_from_prompt(user: str) -> bytes:
@@ -2388,15 +2406,17 @@ class Options:
             elif name == "interface":
                 self.interfaces.append(value)
             elif name == "port":
-                self.port = parse_number(name, value, 65535)
+                self.port = parse_number(name, value, 65535, " from 1 to 65535")
             elif name == "max-size":
-                self.max_size = parse_number(name, value, 2**63 - 1)
+                self.max_size = parse_number(name, value, 2**63 - 1, " of octets such as 10485760")
             else:
                 setattr(self, name, value)
         if not self.interfaces:
             self.interfaces = [DEFAULT_INTERFACE]
         if self.auth.startswith(",") or self.auth.endswith(","):
             raise StartupError("--auth needs a user name, and a command behind a comma; see --help")
+        if " " in self.auth.partition(",")[0]:
+            raise StartupError("--auth needs a comma between user name and command; see --help")
 
 
 def parse_options(arguments: Sequence[str]) -> list[tuple[str, str]]:
@@ -2434,9 +2454,9 @@ def complete_option(given: str) -> str:
     raise StartupError(f"unknown option {'--' + given!a}; see --help")
 
 
-def parse_number(name: str, value: str, highest: int) -> int:
+def parse_number(name: str, value: str, highest: int, kind: str) -> int:
     if not (value.isascii() and value.isdigit() and len(value) < 20 and 1 <= int(value) <= highest):
-        raise StartupError(f"option --{name} needs a number from 1 to {highest}, not {value!a}")
+        raise StartupError(f"option --{name} needs a number{kind}, not {value!a}")
     return int(value)
 
 
@@ -2453,6 +2473,8 @@ def open_log(target: str, inetd: bool) -> Log:
     if target == "none":
         return Log()
     if target == "syslog":
+        if not inetd and not any(map(os.path.exists, ("/dev/log", "/var/run/log", "/var/run/syslog"))):
+            complain("warning: there is no syslog here; --log=stderr or a file would do")
         return Log(SyslogSink())
     if target == "stderr":
         return Log(StreamSink(2))
@@ -2508,7 +2530,7 @@ def inherited_descriptors() -> list[int]:
 
 def listening_sockets(options: Options) -> list[socket.socket]:
     """Return the sockets that systemd has passed, else those that the options name."""
-    return passed_sockets() or [listening_socket(host, options.port) for host in options.interfaces]
+    return passed_sockets() or [listening_socket(host, options.port) for host in dict.fromkeys(options.interfaces)]
 
 
 def passed_sockets() -> list[socket.socket]:
@@ -2526,23 +2548,38 @@ def passed_sockets() -> list[socket.socket]:
             sock = socket.socket(fileno=descriptor)
             listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         except OSError as error:
-            raise StartupError(f"descriptor {descriptor} from LISTEN_FDS is no socket: {error.strerror}") from None
+            raise StartupError(f"descriptor {descriptor} is no socket: {error.strerror}; unset LISTEN_FDS") from None
         if not listening:
             raise StartupError(f"socket {descriptor} from LISTEN_FDS does not listen; with Accept=yes use --inetd")
         sockets.append(sock)
     return sockets
 
 
+def is_ip_address(host: str) -> bool:
+    """Tell whether it is an address as such: getaddrinfo takes 127.1 and * as well."""
+    import socket
+
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            socket.inet_pton(family, host.partition("%")[0])
+            return True
+        except OSError:
+            pass
+    return False
+
+
 def listening_socket(host: str, port: int) -> socket.socket:
     import socket
 
+    if not is_ip_address(host):
+        raise StartupError(f"option --interface needs an IPv4 or IPv6 address such as 127.0.0.1 or ::1, not {host!a}")
     try:
         # As octets: a string would go through the IDNA codec, which takes 7 ms to import.
         family, kind, protocol, _, address = socket.getaddrinfo(
-            os.fsencode(host), port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST | socket.AI_PASSIVE
+            os.fsencode(host), port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
         )[0]
-    except OSError:
-        raise StartupError(f"option --interface needs an IPv4 or IPv6 address, not {host!a}") from None
+    except OSError as error:
+        raise StartupError(f"cannot listen on {host}: {error.strerror}; see --interface") from None
     sock = socket.socket(family, kind, protocol)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # clients' sockets inherit it
@@ -2583,14 +2620,11 @@ def notify_systemd(state: str) -> None:
                 pass  # it is of no use to fail now
 
 
-def warn_if_exposed(sockets: Iterable[socket.socket], options: Options, log: Log) -> None:
+def exposure(sockets: Iterable[socket.socket], options: Options) -> str:
+    """Return a warning if clients beyond this machine can connect."""
     outside = ", ".join(describe(sock) for sock in sockets if not is_local(sock))
-    if outside:
-        danger = "passwords cross the network in the clear" if options.auth else "anybody there can send mail"
-        text = f"listening on {outside}, which is not only this machine: {danger}"
-        log.write("warning", text)
-        if options.log != "stderr":
-            complain("warning: " + text)
+    danger = "passwords cross the network in the clear" if options.auth else "anybody there can send mail"
+    return f"listening on {outside}, which is not only this machine: {danger}" if outside else ""
 
 
 def affordable_sessions() -> int:
@@ -2609,8 +2643,11 @@ def serve_daemon(server: Server, options: Options) -> int:
     user = f"authentication as {options.auth.partition(',')[0]}" if options.auth else "no authentication"
     command = printable(os.fsencode(options.command))
     server.log.write("info", f"msmtpd {__version__} on {where}, {user}, command: {command}")
-    warn_if_exposed(sockets, options, server.log)
-    server.command.check_syntax()
+    for warning in (exposure(sockets, options), server.command.check()):
+        if warning:
+            server.log.write("warning", warning)
+            if options.log != "stderr":
+                complain("warning: " + warning)
     server.mirror_output = server.log.silent
     server.max_sessions = affordable_sessions()
     server.listen(sockets, notify_systemd)

@@ -1534,7 +1534,7 @@ REJECTED = [  # command line, what the message says
     (["--port=smtp"], "from 1 to 65535, not 'smtp'"),
     (["--port=-1"], "from 1 to 65535"),
     (["--port=²"], "from 1 to 65535"),
-    (["--max-size=10M"], "from 1 to 9223372036854775807, not '10M'"),
+    (["--max-size=10M"], "a number of octets such as 10485760, not '10M'"),
     (["--auth=,x"], "--auth needs a user name"),
     (["--auth=joe,"], "--auth needs a user name"),
     (["--=x"], "unknown option '--'"),
@@ -1720,7 +1720,7 @@ def test_addresses_are_in_the_received_field(host: str, start: Callable[..., Dae
 
 
 def test_several_interfaces(start: Callable[..., Daemon]) -> None:
-    daemon = start("--interface=::1", "--interface=127.0.0.2", "--command=cat > /dev/null; :")
+    daemon = start("--interface=::1", "--interface=127.0.0.2", "--interface=::1", "--command=cat > /dev/null; :")
     for host in ("127.0.0.1", "::1", "127.0.0.2"):
         with socket.create_connection((host, daemon.port), timeout=5) as sock:
             assert sock.recv(100) == msmtpd.GREETING
@@ -1805,6 +1805,31 @@ def test_a_failed_login_is_logged_in_a_fixed_form_and_nothing_secret_is(start: C
         assert secret not in daemon.log()
 
 
+SESSIONS_WITHOUT_A_MAIL = [  # what the client says, how the log puts it
+    (b"EHLO x\r\nSTARTTLS\r\nQUIT\r\n", "502 5.5.1 Command not implemented"),
+    (b"EHLO x\r\nMAIL FROM:<a b>\r\n", msmtpd.BAD_ADDRESS.decode().strip()),
+    (b"EHLO x\r\nMAIL FROM:<a@b> SIZE=999999999\r\nQUIT\r\n", "552 5.3.4 Mail is too big"),
+    (b"EHLO x\r\nRSET\r\nQUIT\r\n", ""),
+    (b"FOO\r\n" + MAIL + b"QUIT\r\n", ""),
+]
+
+
+def test_a_session_that_comes_to_nothing_leaves_its_last_refusal_in_the_log(start: Callable[..., Daemon]) -> None:
+    daemon = start("--command=cat > /dev/null; :")
+    for octets, _ in SESSIONS_WITHOUT_A_MAIL:
+        daemon.talk(octets)
+    daemon.stop()
+    logged = dict(re.findall(r"session (\d) \[127.0.0.1\]: ended without a mail, last refusal: (.*)", daemon.log()))
+    expected = {str(i): text for i, (_, text) in enumerate(SESSIONS_WITHOUT_A_MAIL, 1) if text}
+    assert logged == expected
+
+
+def test_a_command_that_is_not_there_is_warned_of_at_the_start(start: Callable[..., Daemon]) -> None:
+    missing, builtin = start("--command=no-such-program -f %F --"), start("--command=exec cat")
+    assert "warning: there is no command no-such-program; mails are refused with 451 until there is" in missing.log()
+    assert "warning" not in builtin.log()
+
+
 def test_without_a_log_the_commands_output_goes_to_standard_error(start: Callable[..., Daemon]) -> None:
     daemon = start("--log=none", "--command=echo hello; :")
     daemon.talk(MAIL)
@@ -1863,14 +1888,17 @@ def test_a_login_is_answered_late_after_a_failure_and_nobody_else_waits(start: C
 STARTUP_ERRORS = [  # options, what the one line says
     (["--bogus"], "unknown option '--bogus'; see --help"),
     (["--port=99999"], "--port needs a number from 1 to 65535, not '99999'"),
-    (["--interface=localhost"], "--interface needs an IPv4 or IPv6 address, not 'localhost'"),
+    (["--interface=localhost"], "--interface needs an IPv4 or IPv6 address such as 127.0.0.1 or ::1, not 'localhost'"),
     (["--interface=1.2.3.4.5"], "--interface needs an IPv4 or IPv6 address"),
     (["--interface=192.0.2.1", "--port=2500"], "this machine has no such address, see --interface"),
     (["--auth=joe,exit 3"], "the password command of --auth failed with exit status 3: exit 3"),
     (["--auth=joe,:"], "the password command of --auth printed no password: :"),
     (["--auth=joe,echo"], "the password command of --auth printed no password: echo"),
-    (["--auth=joe"], "no password for joe in the key ring and no terminal to ask for it; use --auth=joe,command"),
-    (["--inetd", "--auth=joe"], "no password for joe in the key ring"),
+    (["--auth=joe"], ", and no terminal to ask for a password; use --auth=joe,command"),
+    (["--auth=joe echo x"], "--auth needs a comma between user name and command"),
+    (["--interface=127.1"], "--interface needs an IPv4 or IPv6 address such as 127.0.0.1 or ::1, not '127.1'"),
+    (["--interface=*"], "--interface needs an IPv4 or IPv6 address"),
+    (["--inetd", "--auth=joe"], ", and no terminal to ask for a password"),
     (["--port=2599", "--command=cat 'x"], "--command is no valid shell command: "),
     (["--port=2599", "--command=if %F"], "--command is no valid shell command: "),
     (["--port=2599", '--command=: "$(: %F)"'], "%F stands in a here-document or a quoted substitution; use"),
@@ -2043,6 +2071,25 @@ def test_nothing_but_smtp_is_written_where_descriptor_2_is_the_clients_socket(
             output = b""
         assert all(re.match(rb"[2-5][0-9]{2}[ -]", line) for line in output.splitlines())
         assert codes(output) == replies and process.wait(20) == (0 if replies else 3)
+
+
+def test_inetd_mode_on_a_listening_socket_is_a_start_up_error() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        process = inetd(server, server)
+        error = process.communicate()[1].decode()
+    assert process.returncode == 3 and error.count("\n") == 1
+    assert error.startswith("msmtpd: descriptor 0 listens; --inetd needs nowait in inetd.conf")
+
+
+def test_an_inetd_client_that_has_gone_before_the_start_leaves_no_traceback() -> None:
+    server = socket.create_server(("127.0.0.1", 0))
+    with server, socket.create_connection(server.getsockname()) as client:
+        accepted, _ = server.accept()
+        with accepted:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            client.close()
+            process = inetd(accepted, accepted)
+            assert process.communicate()[1] == b""
 
 
 def test_an_inetd_session_on_a_terminal_leaves_it_as_it_was() -> None:
