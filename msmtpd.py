@@ -40,6 +40,7 @@ from __future__ import annotations
 import binascii
 import errno
 import os
+import select
 import sys
 import time
 
@@ -70,6 +71,7 @@ MAX_RECIPIENTS = 1000  # in a transaction, as Postfix; RFC 5321 4.5.3.1.8 asks f
 MAX_MAIL_SIZE = 100 * 1024 * 1024  # the default of --max-size
 MAX_COMMAND_LINE = 4096  # RFC 5321 4.5.3.1.4 asks for 512, extensions add to it
 MAX_AUTH_LINE = 12288  # RFC 4954 section 4
+MAX_HOPS = 8  # of a mail through msmtpd; less than MAX_COMMANDS, or a loop could take all of them
 MAX_ADDRESS = 254  # a path has 256 with its brackets, RFC 5321 4.5.3.1.3
 MAX_REPLY_LINE = 512  # with CRLF, RFC 5321 4.5.3.1.5
 MAX_OUTPUT_LINES = 5  # of the command, in a reply: msmtp needs three
@@ -148,6 +150,7 @@ MAIL_TOO_BIG = b"552 5.3.4 Mail is too big\r\n"
 BAD_ADDRESS = b"553 5.1.3 Address has a character that is not allowed, or a bad length\r\n"
 NEEDS_SMTPUTF8 = b"553 5.6.7 Address needs SMTPUTF8\r\n"
 NOT_FOR_COMMAND = b"553 5.1.7 Address has a character that this server's command cannot take\r\n"
+MAIL_LOOP = b"554 5.4.6 Mail loop, the command sends mails back to msmtpd\r\n"
 NO_VALID_RECIPIENTS = b"554 5.5.1 No valid recipients\r\n"
 UNKNOWN_PARAMETER = b"555 5.5.4 Parameter not recognized\r\n"
 
@@ -163,9 +166,10 @@ class Refused(Exception):
 #
 # The arguments of MAIL and RCPT: pure functions from octets to octets that
 # raise Refused.  They are no grammar police (msmtp and the next server judge
-# addresses), but the second line of defence for commands that parse their
-# arguments once more, such as ssh or eval: no octet that a shell could take
-# for a separator, an expansion or a redirection ever gets through.
+# addresses), but a second line of defence behind Command: no octet that a shell
+# could take for a separator, a variable, a command or a redirection ever gets
+# through.  Where a command is known to parse its arguments once more, those that
+# glob, quote or expand do not either: is_plain().
 
 _PLAIN = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789.@_+-/=%,:"
 _ALLOWED = _PLAIN + b"#!'*?^{}~[]"
@@ -274,8 +278,6 @@ class Spool:
     It lies in TMPDIR or in /tmp.  Methods raise OSError.
     """
 
-    __slots__ = ("_file", "_memory")
-
     def __init__(self) -> None:
         self._memory = bytearray()
         self._file = -1  # its descriptor, once there is one
@@ -338,13 +340,12 @@ class MailData:
     the data is read and dropped, since the client can be answered only then.
     """
 
-    __slots__ = ("_ends", "_eol", "_first", "_held", "_limit", "failure", "size", "spool", "trouble")
-
     def __init__(self, spool: Spool, limit: int, crlf: bool) -> None:
         self.spool = spool
         self.size = 0  # octets as sent, without transparency and end of data
         self.failure: Reply | None = None
-        self.trouble = ""  # the spool's, for the log
+        self.trouble = ""  # the reason for it, for the log
+        self._hops = 0
         self._limit = limit
         self._eol = b"\r\n" if crlf else b"\n"
         self._ends = (b"\r\n",) if crlf else (b"\r\n", b"\n")
@@ -389,18 +390,24 @@ class MailData:
         if self._first and data:
             data = data[len(self._eol) :]  # which was not sent
             self._first = False
+        if self.size < SPOOL_MEMORY:  # where the Received fields are
+            self._hops += data.count(b" (msmtpd) with ")
         self.size += len(data)
-        if self.failure is None and self.size > self._limit:
-            self._fail(MAIL_TOO_BIG)
-        if self.failure is None:
+        if self.failure is not None:
+            return
+        if self.size > self._limit:
+            self._fail(MAIL_TOO_BIG, f"a mail is over the limit of {self._limit} octets")
+        elif self._hops > MAX_HOPS:
+            self._fail(MAIL_LOOP, f"a mail has passed msmtpd {self._hops} times")
+        else:
             try:
                 self.spool.write(crlf_to_lf(data))
             except OSError as error:
-                self.trouble = f"cannot store a mail in TMPDIR: {error.strerror}"
-                self._fail(SPOOL_FAILED)
+                self._fail(SPOOL_FAILED, f"cannot store a mail in TMPDIR: {error.strerror}")
 
-    def _fail(self, reply: Reply) -> None:
+    def _fail(self, reply: Reply, trouble: str) -> None:
         self.failure = reply
+        self.trouble = trouble
         self.spool.close()
 
 
@@ -449,8 +456,6 @@ def received_field(name: bytes, client: str, server: str, protocol: str, date: f
 
 class Credentials:
     """The one user who may send mail, and the password."""
-
-    __slots__ = ("_scram", "password", "user")
 
     def __init__(self, user: str, password: bytes) -> None:
         # What will be needed is imported while there are descriptors to do it with.
@@ -506,11 +511,15 @@ def auth_login(credentials: Credentials) -> Exchange:
 
 def auth_cram_md5(credentials: Credentials) -> Exchange:
     """CRAM-MD5, RFC 2195."""
+    import hashlib
     import hmac
+
+    def md5(data: bytes = b"") -> Any:
+        return hashlib.md5(data, usedforsecurity=False)  # where a policy forbids the other kind
 
     challenge = b"<%s.%d@localhost>" % (fresh_nonce(), time.time())
     user, _, digest = (yield challenge).rpartition(b" ")
-    expected = hmac.new(credentials.password, challenge, "md5").hexdigest().encode()
+    expected = hmac.new(credentials.password, challenge, md5).hexdigest().encode()
     return bool(equal(user, credentials.user) & equal(digest.lower(), expected))
 
 
@@ -596,8 +605,6 @@ class Throttle:
     In inetd mode, where no session knows of the others, it is `always` so.
     """
 
-    __slots__ = ("_until", "always")
-
     def __init__(self, always: bool = False) -> None:
         self.always = always
         self._until = float("-inf")
@@ -670,29 +677,29 @@ class Close:
 class Envelope:
     """An open mail transaction."""
 
-    __slots__ = ("recipients", "refused", "sender", "utf8")
+    __slots__ = ("recipients", "sender", "tried", "utf8")
 
     def __init__(self, sender: bytes, utf8: bool) -> None:
         self.sender = sender  # the reverse-path, b"" for the null one
         self.utf8 = utf8
         self.recipients: list[bytes] = []  # forward-paths
-        self.refused = False  # a recipient was
+        self.tried = False  # RCPT was, with whatever outcome
 
 
 class Policy:
     """What every session of this process offers and accepts."""
 
-    __slots__ = ("credentials", "ehlo_reply", "max_size", "plain_senders")
+    __slots__ = ("credentials", "ehlo_reply", "max_size", "plain_addresses")
 
     def __init__(
         self,
         max_size: int = MAX_MAIL_SIZE,
         credentials: Credentials | None = None,
-        plain_senders: bool = False,
+        plain_addresses: bool = False,
     ) -> None:
         self.max_size = max_size
         self.credentials = credentials
-        self.plain_senders = plain_senders  # see Command
+        self.plain_addresses = plain_addresses  # see Command
         offers = [b"localhost", b"PIPELINING", b"SIZE %d" % max_size, b"8BITMIME", b"SMTPUTF8"]
         if credentials:
             offers.append(b"AUTH " + b" ".join(MECHANISMS))
@@ -712,25 +719,6 @@ class Session:
     Received field, and returns the spool for a mail.
     """
 
-    __slots__ = (
-        "_at",
-        "_auth_failures",
-        "_data",
-        "_errors",
-        "_esmtp",
-        "_exchange",
-        "_input",
-        "_line_ended_in_crlf",
-        "_open_spool",
-        "_overlong",
-        "_policy",
-        "_reader",
-        "authenticated",
-        "envelope",
-        "last_refusal",
-        "name",
-    )
-
     def __init__(self, policy: Policy, open_spool: Callable[[bytes, str], Spool]) -> None:
         self._policy = policy
         self._open_spool = open_spool
@@ -742,7 +730,8 @@ class Session:
         self._exchange: Exchange | None = None  # while _read_auth reads
         self._data: MailData | None = None  # while _read_data reads
         self._errors = 0  # since the last mail
-        self.last_refusal: Reply = b""  # of a command, since then
+        self._mails = 0  # delivered
+        self.last_refusal: Reply = b""  # of a command, in a session that has delivered none
         self._auth_failures = 0
         self._input = b""
         self._at = 0  # where the unread input begins
@@ -762,7 +751,8 @@ class Session:
             return self._reader(self)
         except Refused as refused:
             self._expect_command()  # a refusal ends an AUTH exchange
-            self.last_refusal = refused.reply
+            if not self._mails:
+                self.last_refusal = refused.reply
             return self._negative(refused.reply)
 
     def delivered(self, reply: Reply) -> list[Action]:
@@ -772,6 +762,7 @@ class Session:
         if reply[:1] != b"2":
             return self._negative(reply)
         self._errors = 0
+        self._mails += 1
         self.last_refusal = b""
         return [reply]
 
@@ -791,7 +782,7 @@ class Session:
         return self._data is not None
 
     def _negative(self, reply: Reply) -> list[Action]:
-        self._errors += 1
+        self._errors += reply is not TOO_MANY_RECIPIENTS  # which only asks for another mail
         if self._errors < MAX_ERRORS:
             return [reply]
         return [reply, TOO_MANY_ERRORS, Note("warning", "too many errors"), *self._end(orderly=False)]
@@ -861,8 +852,7 @@ class Session:
             return [Deliver(self.envelope, data.spool, data.size)]
         self._end_transaction()
         self._expect_command()
-        text = data.trouble or f"mail of {data.size} octets is over the limit of {self._policy.max_size}"
-        return [Note("error", text), *self._negative(data.failure)]
+        return [Note("error", data.trouble), *self._negative(data.failure)]
 
     def _take_line(self, limit: int) -> bytes | None:
         """Take the next line, without its end; None while it is incomplete.
@@ -907,9 +897,7 @@ class Session:
         path, parameters = split_path(argument, b"FROM:", SENDER_SYNTAX)
         size, utf8 = mail_parameters(parameters)
         if path:
-            check_address(path, utf8)
-            if self._policy.plain_senders and not is_plain(path):
-                raise Refused(NOT_FOR_COMMAND)
+            self._check_address(path, utf8)
         if size > self._policy.max_size:
             raise Refused(MAIL_TOO_BIG)
         self.envelope = Envelope(path, utf8)
@@ -917,9 +905,9 @@ class Session:
 
     def _rcpt(self, argument: bytes) -> list[Action]:
         assert self.envelope is not None
-        self.envelope.refused = True  # until it is accepted
+        self.envelope.tried = True
         path, parameters = split_path(argument, b"TO:", RECIPIENT_SYNTAX)
-        check_address(path, self.envelope.utf8)
+        self._check_address(path, self.envelope.utf8)
         if parameters.strip():
             raise Refused(UNKNOWN_PARAMETER)
         if len(self.envelope.recipients) >= MAX_RECIPIENTS:
@@ -927,12 +915,17 @@ class Session:
         self.envelope.recipients.append(path)
         return [RECIPIENT_OK]
 
+    def _check_address(self, path: bytes, utf8: bool) -> None:
+        check_address(path, utf8)
+        if self._policy.plain_addresses and not is_plain(path):
+            raise Refused(NOT_FOR_COMMAND)
+
     def _start_data(self, argument: bytes) -> list[Action]:
         assert self.envelope is not None and self.name is not None
         if argument:
             raise Refused(NO_ARGUMENT)
         if not self.envelope.recipients:
-            raise Refused(NO_VALID_RECIPIENTS if self.envelope.refused else NO_RECIPIENT)
+            raise Refused(NO_VALID_RECIPIENTS if self.envelope.tried else NO_RECIPIENT)
         spool = self._open_spool(self.name, self._protocol(self.envelope))
         self._data = MailData(spool, self._policy.max_size, self._line_ended_in_crlf)
         self._reader = Session._read_data
@@ -1050,25 +1043,11 @@ VERBS: Mapping[bytes, tuple[Effect, tuple[Condition, ...]]] = {
 # pipe to us as 1 and 2; no other descriptor, no ignored or blocked signal.
 # What its exit status means to the client is in judge().
 
-_NO_SHELL_SYNTAX = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789 \t./,:=+@%_-"
+_NO_SHELL_SYNTAX = _PLAIN + b" \t"
+_REPARSERS = (b"eval", b"rsh", b"runuser", b"ssh", b"su")
 
-EXIT_NAMES = {
-    64: "EX_USAGE",
-    65: "EX_DATAERR",
-    66: "EX_NOINPUT",
-    67: "EX_NOUSER",
-    68: "EX_NOHOST",
-    69: "EX_UNAVAILABLE",
-    70: "EX_SOFTWARE",
-    71: "EX_OSERR",
-    72: "EX_OSFILE",
-    73: "EX_CANTCREAT",
-    74: "EX_IOERR",
-    75: "EX_TEMPFAIL",
-    76: "EX_PROTOCOL",
-    77: "EX_NOPERM",
-    78: "EX_CONFIG",
-}
+_SYSEXITS = "USAGE DATAERR NOINPUT NOUSER NOHOST UNAVAILABLE SOFTWARE OSERR OSFILE CANTCREAT IOERR TEMPFAIL PROTOCOL"
+EXIT_NAMES = {status: f"EX_{name}" for status, name in enumerate(f"{_SYSEXITS} NOPERM CONFIG".split(), 64)}
 TEMPORARY = frozenset((68, 69, 71, 75))
 
 
@@ -1079,28 +1058,27 @@ class StartupError(Exception):
 class Command:
     """The text of --command, made ready to run.
 
-    `reparsed` tells that %F stands in a quoted string with blanks, most likely
-    a script for another shell (sh -c '... %F ...').  The address becomes part
-    of its text then, so that only addresses without a meaning to a shell will
-    do: Policy.plain_senders.  Raises StartupError where %F stands in a place
-    whose quoting we cannot tell.
+    `reparses` tells that an address may become part of a text that is parsed
+    once more: %F stands in a quoted string with blanks, most likely a script
+    for another shell (sh -c '... %F ...'), or the command is one that passes
+    its arguments to a shell.  Only addresses that mean nothing to a shell will
+    do then: Policy.plain_addresses.  Raises StartupError where %F stands in a
+    place whose quoting we cannot tell.
     """
-
-    __slots__ = ("_environment", "_plain", "_program", "_words", "reparsed", "script")
 
     def __init__(self, text: str, environment: Mapping[bytes, bytes]) -> None:
         self._environment = dict(environment)
-        command = os.fsencode(text)
+        command = os.fsencode(text.rstrip())  # behind a line end, "$@" would be a command of its own
         before, found, after = command.partition(b"%F")
         quote, opened = open_quote(before)
-        quoted = before[opened:] if quote else b""
-        if found and (b"<<" in before or (quote == b'"' and (b"$(" in quoted or b"`" in quoted))):
+        nested = before.count(b"$(") > before.count(b")") or before.count(b"`") % 2
+        if found and (b"<<" in before or (nested and b'"' in before)):
             raise StartupError('%F stands in a here-document or a quoted substitution; use "$MSMTPD_SENDER" there')
         self.script = b"%s%s%s" % (before, _REFERENCES[quote] if found else b"", after) + b' "$@"'
-        if quote:
-            quoted += after.partition(quote)[0]
-        self.reparsed = bool(found) and any(blank in quoted for blank in b" \t\n")
         self._words = command.split() or [b""]
+        quoted = before[opened:] + after.partition(quote)[0] if quote else b""
+        self.reparses = bool(found) and any(blank in quoted for blank in b" \t\n")
+        self.reparses |= any(os.path.basename(word) in _REPARSERS for word in self._words)
         self._plain = not command.translate(None, _NO_SHELL_SYNTAX) and b"=" not in self._words[0]
         self._program = find_program(os.fsdecode(self._words[0])) if self._plain else None
 
@@ -1252,8 +1230,6 @@ def printable(text: bytes) -> str:
 class Log:
     """Where the log goes: a sink, or nowhere."""
 
-    __slots__ = ("_sink",)
-
     def __init__(self, sink: Sink | None = None) -> None:
         self._sink = sink
 
@@ -1280,8 +1256,6 @@ class Log:
 class SyslogSink:
     """The system's log, facility mail."""
 
-    __slots__ = ("_priorities", "_syslog")
-
     def __init__(self) -> None:
         import syslog
 
@@ -1294,22 +1268,24 @@ class SyslogSink:
 
 
 class StreamSink:
-    """An open descriptor, such as standard error."""
-
-    __slots__ = ("descriptor",)
+    """An open descriptor, such as standard error.  What it cannot take at once is dropped."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
 
     def write(self, level: str, text: str) -> None:
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        os.write(self.descriptor, f"{now} msmtpd[{os.getpid()}] {level}: {text}\n".encode())
+        write_now(self.descriptor, f"{now} msmtpd[{os.getpid()}] {level}: {text}\n".encode())
+
+
+def write_now(descriptor: int, data: bytes) -> None:
+    """Write what can be written without waiting: a terminal or a pipe may be stopped."""
+    while data and select.select((), (descriptor,), (), 0)[1]:
+        data = data[os.write(descriptor, data[: select.PIPE_BUF]) :]
 
 
 class FileSink:
     """A file, which is opened anew when it has been moved away (log rotation)."""
-
-    __slots__ = ("_identity", "_path", "_stream")
 
     def __init__(self, path: str) -> None:
         self._path = os.path.abspath(path)
@@ -1322,22 +1298,13 @@ class FileSink:
         if self._stream.descriptor >= 0:
             os.close(self._stream.descriptor)
         self._stream.descriptor = descriptor
-        self._identity = self._identify(os.fstat(descriptor))
-
-    @staticmethod
-    def _identify(status: os.stat_result) -> tuple[int, int]:
-        return status.st_dev, status.st_ino
 
     def write(self, level: str, text: str) -> None:
         try:
-            moved = self._identify(os.stat(self._path)) != self._identity
-        except OSError:
-            moved = True
-        if moved:
-            try:
+            if not os.path.exists(self._path) or not os.path.samefile(self._path, self._stream.descriptor):
                 self.open()
-            except OSError:
-                pass  # better in the moved file than nowhere
+        except OSError:
+            pass  # better in the moved file than nowhere
         self._stream.write(level, text)
 
 
@@ -1539,10 +1506,13 @@ class Server:
     def ended(self, connection: Connection) -> None:
         self.connections.discard(connection)
         self.loop.remove_timed(connection)
-        if len(self.connections) <= self._relief:
+        self._relax()
+        self._admit()
+
+    def _relax(self) -> None:
+        if len(self.connections) <= self._relief and self._rest_until == NEVER:
             self._relief = -1
             self.log.write("info", "clients no longer wait")
-        self._admit()
 
     def _crowd(self, reason: str) -> None:
         """Lose patience with idle clients, from now until half of the sessions have ended."""
@@ -1589,7 +1559,7 @@ class Server:
         """Pass on what a command prints, where nobody would see it else."""
         if self.mirror_output:
             try:
-                os.write(2, output)
+                write_now(2, output)
             except OSError:
                 pass
 
@@ -1634,6 +1604,7 @@ class Server:
     def expire(self) -> None:
         if self.loop.now >= self._rest_until:
             self._rest_until = NEVER
+            self._relax()
             self._admit()
         if self.loop.now >= self._stop_at:
             self._stop_at = NEVER
@@ -1685,24 +1656,6 @@ def open_spool(sock: Socket | None, client: str, name: bytes, protocol: str) -> 
 class Connection:
     """Performs the actions of a Session on two descriptors, which may be one socket."""
 
-    __slots__ = (
-        "_actions",
-        "_client",
-        "_deadline",
-        "_eof",
-        "_hungry",
-        "_number",
-        "_output",
-        "_phase",
-        "_progress",
-        "_reader",
-        "_server",
-        "_session",
-        "_sock",
-        "_writer",
-        "orderly",
-    )
-
     def __init__(
         self, server: Server, number: int, reader: int, writer: int, sock: Socket | None, client: str
     ) -> None:
@@ -1734,7 +1687,7 @@ class Connection:
         elif events & READ and self._wants_input():
             self._receive()
         else:
-            self._go_on()
+            self.resume()
             self._watch()
 
     def _wants_input(self) -> bool:
@@ -1754,19 +1707,15 @@ class Connection:
             earned = self._progress + len(data) * DATA_SECONDS_PER_OCTET
             self._progress = min(self._server.loop.now, earned)
         self._session.receive(data)
-        self._go_on()
+        self.resume()
 
     # Actions
 
     def greet(self) -> None:
         self._output += GREETING
-        self._go_on()
+        self.resume()
 
     def resume(self) -> None:
-        if self._phase != CLOSED:
-            self._go_on()
-
-    def _go_on(self) -> None:
         """Perform what the session wants until it needs input, must wait, or its turn is over."""
         for _ in range(TURN_STEPS):
             if self._phase != OPEN or len(self._output) > OUTPUT_BUFFER:
@@ -1825,7 +1774,7 @@ class Connection:
             self._progress = self._server.loop.now
             self._server.loop.schedule(self.due())
             self._actions = self._session.delivered(reply)
-            self._go_on()
+            self.resume()
 
     # Output
 
@@ -1867,7 +1816,7 @@ class Connection:
             self._say_goodbye(TIMED_OUT)
         elif self._phase == PAUSED:
             self._phase = OPEN
-            self._go_on()
+            self.resume()
         else:
             self._forget()
 
@@ -1947,19 +1896,6 @@ class Connection:
 
 class Delivery:
     """Runs the command for one mail: from its place in the queue to the reply."""
-
-    __slots__ = (
-        "_connection",
-        "_crashed",
-        "_deadline",
-        "_mail",
-        "_output",
-        "_pid",
-        "_received",
-        "_server",
-        "_tail",
-        "_timed_out",
-    )
 
     def __init__(self, server: Server, connection: Connection, mail: Deliver) -> None:
         self._server = server
@@ -2113,8 +2049,6 @@ class Delivery:
 class Listener:
     """A listening socket."""
 
-    __slots__ = ("_server", "_sock")
-
     def __init__(self, server: Server, sock: socket.socket) -> None:
         sock.setblocking(False)
         self._server = server
@@ -2151,14 +2085,13 @@ class Listener:
 class Signals:
     """Turns signals into events of the loop, through a pipe that Python writes them to."""
 
-    __slots__ = ("_reader", "_server")
-
     def __init__(self, server: Server) -> None:
         self._server = server
         self._reader, writer = os.pipe()
         for end in (self._reader, writer):
             os.set_blocking(end, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whoever has started us may have blocked some
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda number, frame: None)
         server.loop.watch(self._reader, READ, self)
@@ -2207,9 +2140,6 @@ class SmallSelector:
     """
 
     def __init__(self) -> None:
-        import select
-
-        self._select = select.select
         self._events: dict[int, int] = {}
 
     def register(self, fileobj: int, events: int) -> None:
@@ -2223,7 +2153,7 @@ class SmallSelector:
     def select(self, timeout: float | None = None) -> list[tuple[Key, int]]:
         readers = [fd for fd, events in self._events.items() if events & READ]
         writers = [fd for fd, events in self._events.items() if events & WRITE]
-        readable, writable, _ = self._select(readers, writers, [], timeout)
+        readable, writable, _ = select.select(readers, writers, [], timeout)
         ready: list[tuple[Key, int]] = [(Ready(fd), READ) for fd in readable]
         return ready + [(Ready(fd), WRITE) for fd in writable]
 
@@ -2386,8 +2316,6 @@ OPTIONS = {  # whether it takes an argument
 class Options:
     """The command line, read and checked."""
 
-    __slots__ = ("auth", "command", "inetd", "interfaces", "log", "max_size", "port")
-
     def __init__(self, arguments: Sequence[str]) -> None:
         self.inetd = False
         self.interfaces: list[str] = []
@@ -2512,20 +2440,12 @@ def protect_descriptors(inetd: bool) -> bool:
     if shared:
         os.dup2(null, 2)
     os.close(null)
-    for descriptor in inherited_descriptors():
+    for descriptor in range(3, 256):
         try:
             os.set_inheritable(descriptor, False)
         except OSError:
-            pass  # the list's own, closed by now
+            pass  # not open
     return not shared
-
-
-def inherited_descriptors() -> list[int]:
-    try:
-        descriptors = [int(name) for name in os.listdir("/dev/fd")]
-    except OSError:
-        descriptors = list(range(256))
-    return [descriptor for descriptor in descriptors if descriptor > 2]
 
 
 def listening_sockets(options: Options) -> list[socket.socket]:
@@ -2537,10 +2457,8 @@ def passed_sockets() -> list[socket.socket]:
     """Take over what sd_listen_fds(3) describes."""
     import socket
 
-    count = os.environ.pop("LISTEN_FDS", "")
-    process = os.environ.pop("LISTEN_PID", "")
-    os.environ.pop("LISTEN_FDNAMES", None)
-    if process != str(os.getpid()) or not count.isdigit():
+    count = os.environ.get("LISTEN_FDS", "")
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or not count.isdigit():
         return []
     sockets = []
     for descriptor in range(3, 3 + int(count)):
@@ -2580,10 +2498,10 @@ def listening_socket(host: str, port: int) -> socket.socket:
         )[0]
     except OSError as error:
         raise StartupError(f"cannot listen on {host}: {error.strerror}; see --interface") from None
-    sock = socket.socket(family, kind, protocol)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # clients' sockets inherit it
     try:
+        sock = socket.socket(family, kind, protocol)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # clients' sockets inherit it
         sock.bind(address)
         sock.listen(BACKLOG)
     except OSError as error:
@@ -2613,11 +2531,11 @@ def notify_systemd(state: str) -> None:
     if path:
         import socket
 
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            try:
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
                 sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
-            except OSError:
-                pass  # it is of no use to fail now
+        except OSError:
+            pass  # it is of no use to fail now
 
 
 def exposure(sockets: Iterable[socket.socket], options: Options) -> str:
@@ -2669,7 +2587,7 @@ def build_server(options: Options) -> Server:
     if user:
         credentials = Credentials(user, get_password(user, password_command, options.inetd))
     command = Command(options.command, command_environment())
-    policy = Policy(options.max_size, credentials, plain_senders=command.reparsed)
+    policy = Policy(options.max_size, credentials, plain_addresses=command.reparses)
     if options.inetd:
         selector: Selector = SmallSelector()
     else:
@@ -2695,6 +2613,8 @@ def main() -> int:
             complain(str(error))
         else:
             Log(SyslogSink()).write("error", str(error))
+        return EXIT_STARTUP
+    except KeyboardInterrupt:  # while a password was waited for; later it is an event
         return EXIT_STARTUP
 
 
