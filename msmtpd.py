@@ -1068,7 +1068,9 @@ class Command:
 
     def __init__(self, text: str, environment: Mapping[bytes, bytes]) -> None:
         self._environment = dict(environment)
-        command = os.fsencode(text.rstrip())  # behind a line end, "$@" would be a command of its own
+        command = os.fsencode(text.rstrip())
+        if not command or (command[-1:] in (b";", b"&", b"|") and command[-2:-1] != b"\\"):
+            raise StartupError('behind the end of --command the recipients would be a command; write "; :" there')
         before, found, after = command.partition(b"%F")
         quote, opened = open_quote(before)
         nested = before.count(b"$(") > before.count(b")") or before.count(b"`") % 2
@@ -1160,15 +1162,17 @@ def spawn(
     program: str, arguments: list[bytes], environment: Mapping[bytes, bytes], actions: list[tuple[int, int, int]]
 ) -> int:
     """Start a process in a session of its own, with all signals as they are by default."""
-    defaults = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
     try:
         return os.posix_spawn(
-            program, arguments, environment, file_actions=actions, setsid=True, setsigmask=(), setsigdef=defaults
+            program, arguments, environment, file_actions=actions, setsid=True, setsigmask=(), setsigdef=_SIGNALS
         )
     except NotImplementedError:  # macOS and the BSDs know process groups only
         return os.posix_spawn(
-            program, arguments, environment, file_actions=actions, setpgroup=0, setsigmask=(), setsigdef=defaults
+            program, arguments, environment, file_actions=actions, setpgroup=0, setsigmask=(), setsigdef=_SIGNALS
         )
+
+
+_SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 
 
 def judge(status: int) -> tuple[bytes, str]:

@@ -1856,7 +1856,7 @@ def test_a_standard_error_that_takes_nothing_stops_nobody(start: Callable[..., D
 
 
 def test_an_interrupt_while_a_password_is_waited_for_leaves_no_traceback() -> None:
-    process = subprocess.Popen([*RUN, "--auth=joe,echo waiting >&2; sleep 20"], stderr=subprocess.PIPE)
+    process = subprocess.Popen([*RUN, "--auth=joe,echo waiting >&2; exec sleep 20"], stderr=subprocess.PIPE)
     assert process.stderr is not None and process.stderr.readline() == b"waiting\n"
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=20)[1] == b"" and process.returncode == 3
@@ -1938,6 +1938,9 @@ STARTUP_ERRORS = [  # options, what the one line says
     (["--interface=*"], "--interface needs an IPv4 or IPv6 address"),
     (["--inetd", "--auth=joe"], ", and no terminal to ask for a password"),
     (["--port=2599", "--command=cat 'x"], "--command is no valid shell command: "),
+    (["--port=2599", "--command= "], "behind the end of --command the recipients would be a command"),
+    (["--port=2599", "--command=cat >> mails;"], "behind the end of --command the recipients would be a command"),
+    (["--port=2599", "--command=cat | cat &\n"], "behind the end of --command the recipients would be a command"),
     (["--port=2599", "--command=if %F"], "--command is no valid shell command: "),
     (["--port=2599", '--command=: "$(: %F)"'], "%F stands in a here-document or a quoted substitution; use"),
 ]
