@@ -373,8 +373,8 @@ def test_a_session_typed_with_bare_lf_ends_its_data_with_them(octets: bytes, con
 
 
 def test_a_cut_anywhere_changes_nothing() -> None:
-    """Every sequence of up to five of these octets, whole against cut at every place."""
-    for crlf, length in itertools.product((True, False), range(1, 6)):
+    """Every sequence of up to four of these octets, whole against cut at every place."""
+    for crlf, length in itertools.product((True, False), range(1, 5)):
         for letters in itertools.product(b"\r\n.x", repeat=length):
             octets = bytes(letters) + b"\r\n.\r\n"
             whole = decode(octets, crlf)
@@ -1145,7 +1145,7 @@ def fuzz_once(rng: random.Random) -> None:
 def test_fuzz_the_session() -> None:
     """With a fixed seed; MSMTPD_FUZZ_SECONDS makes it go on from another one."""
     rng = random.Random(5321)
-    for _ in range(3000):
+    for _ in range(2000):
         fuzz_once(rng)
     seconds = float(os.environ.get("MSMTPD_FUZZ_SECONDS", "0"))
     end, rng = time.monotonic() + seconds, random.Random()
