@@ -629,10 +629,10 @@ class Throttle:
 # which is who gets the next input: the commands, an AUTH exchange, the mail
 # data, or nobody while a delivery runs and after the end.
 #
-# VERBS names for each verb what it does and what must hold before it.  Only
-# step() and _read_command() refuse; the methods for the verbs hold only
-# effects.  A refused command never ends the session; QUIT, too many errors
-# and a client that does not speak SMTP do.
+# VERBS names for each verb what it does and what must hold before it, which
+# _read_command() checks; the methods for the verbs refuse only arguments, by
+# raising Refused, and step() answers.  A refused command never ends the
+# session; QUIT, too many errors and a client that does not speak SMTP do.
 
 
 class Note:
