@@ -707,6 +707,8 @@ class Policy:
         self.ehlo_reply = b"".join(lines) + b"250 ENHANCEDSTATUSCODES\r\n"
 
 
+TEXT = frozenset(b"\t\r\n") | frozenset(range(32, 127))  # what a command may begin with
+
 # The methods that no form may use to reach us: a browser can be made to send
 # any body to a port of its own machine.
 HTTP_METHODS = frozenset(b"GET HEAD POST PUT DELETE CONNECT OPTIONS TRACE PATCH PRI".split())
@@ -747,6 +749,8 @@ class Session:
 
     def step(self) -> list[Action]:
         """Work off the next line or piece of data; [] if it is not there yet."""
+        if self._at == len(self._input):
+            return []
         try:
             return self._reader(self)
         except Refused as refused:
@@ -807,8 +811,7 @@ class Session:
         return []
 
     def _read_command(self) -> list[Action]:
-        begins_line = self._at < len(self._input) and not self._overlong
-        if begins_line and not self._is_text(self._input[self._at]):
+        if self._input[self._at] not in TEXT and not self._overlong:
             return self._not_smtp("binary data")
         line = self._take_line(MAX_COMMAND_LINE)
         if line is None:
@@ -825,10 +828,6 @@ class Session:
                 raise Refused(reply)
         return effect(self, argument.strip())
 
-    @staticmethod
-    def _is_text(octet: int) -> bool:
-        return 32 <= octet < 127 or octet in b"\r\n\t"
-
     def _not_smtp(self, what: str) -> list[Action]:
         return [Note("warning", f"client does not speak SMTP but {what}"), *self._end(orderly=False)]
 
@@ -840,8 +839,6 @@ class Session:
 
     def _read_data(self) -> list[Action]:
         assert self._data is not None and self.envelope is not None
-        if self._at == len(self._input):
-            return []
         left = self._data.feed(self._input[self._at :])
         self._at = len(self._input) - max(left, 0)
         if left < 0:
@@ -860,17 +857,15 @@ class Session:
         A line may end in LF alone.  One over the limit is dropped as it comes
         and refused when its end has come.
         """
-        if self._input[self._at : self._at + 5].upper() == b"AUTH ":
-            limit = MAX_AUTH_LINE
         end = self._input.find(b"\n", self._at) + 1
+        line = self._input[self._at : end or None]
+        if len(line) > limit and (len(line) > MAX_AUTH_LINE or line[:5].upper() != b"AUTH "):
+            self._overlong = True
+        if end or self._overlong:
+            self._at += len(line)
         if not end:
-            if len(self._input) - self._at > limit:
-                self._overlong = True
-                self._at = len(self._input)
             return None
-        line = self._input[self._at : end]
-        self._at = end
-        if self._overlong or len(line) > limit:
+        if self._overlong:
             self._overlong = False
             raise Refused(LINE_TOO_LONG)
         self._line_ended_in_crlf = line.endswith(b"\r\n")
@@ -1412,9 +1407,12 @@ class Loop:
         self.now = self._clock()
         restless, self._restless = self._restless, {}
         for key, mask in events:
-            if key.fd in self._watched:
-                task = self._watched[key.fd][0]
-                self.guard(task, task.ready, key.fd, mask)
+            task, wanted = self._watched.get(key.fd, (None, 0))
+            if task is not None:  # one before it may have closed the descriptor
+                try:
+                    task.ready(key.fd, mask)
+                except Exception as error:
+                    self._crash(task, error)
         for task in restless:
             self.guard(task, task.resume)
         if self.now >= self._wake_at:
@@ -1426,16 +1424,19 @@ class Loop:
                 self.guard(task, task.expire)
         self._wake_at = min((task.due() for task in self._timed), default=NEVER)
 
-    def guard(self, task: Task, method: Callable[..., None], *arguments: int) -> None:
+    def guard(self, task: Task, method: Callable[[], None]) -> None:
         """Call a task's method; an exception is logged and ends only this task."""
         try:
-            method(*arguments)
+            method()
         except Exception as error:
-            self._report(error)
-            try:
-                task.crash()
-            except Exception as second:
-                self._report(second)
+            self._crash(task, error)
+
+    def _crash(self, task: Task, error: Exception) -> None:
+        self._report(error)
+        try:
+            task.crash()
+        except Exception as second:
+            self._report(second)
 
     def _report(self, error: Exception) -> None:
         """Log a traceback; the traceback module might need descriptors that have run out."""
@@ -1688,14 +1689,11 @@ class Connection:
     def ready(self, descriptor: int, events: int) -> None:
         if self._phase == DRAINING:
             self._drain()
-        elif events & READ and self._wants_input():
+        elif events & READ and self._phase == OPEN:
             self._receive()
         else:
             self.resume()
             self._watch()
-
-    def _wants_input(self) -> bool:
-        return self._phase == OPEN and self._hungry and not self._eof and len(self._output) <= OUTPUT_BUFFER
 
     def _receive(self) -> None:
         try:
@@ -1738,17 +1736,16 @@ class Connection:
             self._watch()
 
     def _next_actions(self) -> list[Action]:
-        idle = not self._session.in_transaction
-        if self._server.stopping and idle:
+        if self._server.stopping and not self._session.in_transaction:
             return [SHUTTING_DOWN, Close(orderly=False)]
         actions = self._session.step()
         self._hungry = not actions
         if actions:
             self._progress = self._server.loop.now
         elif self._eof:
-            if not idle:
+            if self._session.in_transaction:
                 self.log("warning", "client left in the middle of a mail")
-            return [Close(orderly=idle)]
+            return [Close(orderly=not self._session.in_transaction)]
         return actions
 
     def _perform(self, action: Action) -> None:
@@ -1799,7 +1796,8 @@ class Connection:
         """Tell the loop what we wait for."""
         if self._phase == CLOSED:
             return
-        reading = READ * (self._phase == DRAINING or self._wants_input())
+        wanted = self._phase == OPEN and self._hungry and not self._eof and len(self._output) <= OUTPUT_BUFFER
+        reading = READ * (wanted or self._phase == DRAINING)
         writing = WRITE * bool(self._output)
         if self._reader == self._writer:
             self._server.loop.watch(self._reader, reading | writing, self)
@@ -1907,7 +1905,7 @@ class Delivery:
         self._mail = mail
         self._received = server.loop.now
         self._pid = 0  # while it runs
-        self._output = -1  # where the command's output comes in, while it is open
+        self._output = self._output_end = -1  # both ends of the pipe for the command's output, while it runs
         self._tail = b""  # of that output
         self._deadline = NEVER
         self._timed_out = False
@@ -1933,18 +1931,12 @@ class Delivery:
         envelope = self._mail.envelope
         stdin = self._mail.spool.open()
         try:
-            reader, writer = os.pipe()
-            try:
-                self._pid = self._server.command.start(envelope.sender, envelope.recipients, stdin, writer)
-            except OSError:
-                os.close(reader)
-                raise
-            finally:
-                os.close(writer)
+            # We keep the other end too, or its EOF would wake us just before SIGCHLD does.
+            self._output, self._output_end = os.pipe()
+            self._pid = self._server.command.start(envelope.sender, envelope.recipients, stdin, self._output_end)
         finally:
             os.close(stdin)
-        os.set_blocking(reader, False)
-        self._output = reader
+        os.set_blocking(self._output, False)
 
     def resume(self) -> None:
         self._finish(b"451 4.3.0", "Command could not be started")
@@ -1954,22 +1946,18 @@ class Delivery:
 
     def _read_output(self) -> None:
         """Keep the tail of what the command prints."""
-        if self._output < 0:
-            return
         try:
             data = os.read(self._output, RECEIVE_SIZE)
         except BlockingIOError:
             return
-        if data:
-            self._tail = (self._tail + data)[-OUTPUT_TAIL:]
-            self._server.mirror(data)
-        else:
-            self._close_output()
+        self._tail = (self._tail + data)[-OUTPUT_TAIL:]
+        self._server.mirror(data)
 
     def _close_output(self) -> None:
         if self._output >= 0:
             self._server.loop.watch(self._output, 0, self)
             os.close(self._output)
+            os.close(self._output_end)
             self._output = -1
 
     def due(self) -> float:
@@ -2062,17 +2050,16 @@ class Listener:
         self._server.loop.watch(self._sock.fileno(), READ * wanted, self)
 
     def ready(self, descriptor: int, events: int) -> None:
-        while self._server.admits:
-            try:
-                sock, address = self._sock.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
-                    self._server.rest(error)
-                return  # or the client has gone already
-            sock.setblocking(False)
-            self._server.begin(sock.fileno(), sock.fileno(), sock, ip_address(address))
+        if not self._server.admits:
+            return  # another listener has just taken the last place
+        try:
+            sock, address = self._sock.accept()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+                self._server.rest(error)
+            return  # or the client has gone already
+        sock.setblocking(False)
+        self._server.begin(sock.fileno(), sock.fileno(), sock, ip_address(address))
 
     def close(self) -> None:
         self.watch(False)
