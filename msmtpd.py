@@ -1407,7 +1407,7 @@ class Loop:
         self.now = self._clock()
         restless, self._restless = self._restless, {}
         for key, mask in events:
-            task, wanted = self._watched.get(key.fd, (None, 0))
+            task = self._watched.get(key.fd, (None, 0))[0]
             if task is not None:  # one before it may have closed the descriptor
                 try:
                     task.ready(key.fd, mask)
