@@ -37,6 +37,7 @@ a plain session does not need is imported where it is used.
 
 from __future__ import annotations
 
+import _socket  # the C core of socket, which takes 10 ms and is for the daemon only
 import binascii
 import errno
 import os
@@ -66,6 +67,7 @@ __version__ = "1.0.0"
 
 MAX_SESSIONS = 256  # beyond it clients wait in the backlog
 MAX_COMMANDS = 16  # commands running at once; further mails wait their turn
+MAX_LEFTOVERS = 16  # processes that commands have left behind and whose output we read
 BACKLOG = 1024  # connections the kernel holds for us; it may cap this lower
 MAX_RECIPIENTS = 1000  # in a transaction, as Postfix; RFC 5321 4.5.3.1.8 asks for 100
 MAX_MAIL_SIZE = 100 * 1024 * 1024  # the default of --max-size
@@ -79,7 +81,7 @@ MAX_ERRORS = 20  # negative replies since the last mail, as Postfix's hard limit
 MAX_AUTH_FAILURES = 3  # in a session
 
 IDLE_TIMEOUT = 300.0  # without progress, RFC 5321 4.5.3.2.7
-CROWDED_TIMEOUT = 10.0  # the same once all sessions are taken
+CROWDED_TIMEOUT = 10.0  # the same while clients have to wait, and for this long after
 DATA_SECONDS_PER_OCTET = 10.0 / 1024  # mail data slower than 1 KiB in 10 s is no progress
 COMMAND_TIMEOUT = 600.0  # clients wait that long for a mail, RFC 5321 4.5.3.2.6
 KILL_DELAY = 10.0  # between SIGTERM and SIGKILL for a command
@@ -210,18 +212,11 @@ def check_address(address: bytes, utf8: bool) -> None:
     """
     if not 1 <= len(address) <= MAX_ADDRESS or address.startswith((b"-", b"#", b"~")):
         raise Refused(BAD_ADDRESS)
-    strange = address.translate(None, _ALLOWED)
-    if not strange:
-        return
-    if strange.translate(None, _NON_ASCII):
+    if address.translate(None, _ALLOWED + _NON_ASCII):
         raise Refused(BAD_ADDRESS)
-    if not utf8:
+    if not utf8 and not address.isascii():
         raise Refused(NEEDS_SMTPUTF8)
-    try:
-        printable = address.decode().isprintable()
-    except UnicodeDecodeError:
-        printable = False
-    if not printable:
+    if not address.decode(errors="surrogateescape").isprintable():  # nor is what is no UTF-8
         raise Refused(BAD_ADDRESS)
 
 
@@ -234,24 +229,20 @@ def mail_parameters(parameters: bytes) -> tuple[int, bool]:
     """Read the parameters of MAIL: (declared size in octets or 0, SMTPUTF8)."""
     size, utf8 = 0, False
     for parameter in parameters.split():
-        keyword, equals, value = parameter.partition(b"=")
-        keyword = keyword.upper()
+        keyword, equals, value = parameter.upper().partition(b"=")
         if keyword == b"SIZE":  # RFC 1870: up to 20 digits
-            if not value.isdigit() or len(value) > 20:
-                raise Refused(PARAMETER_SYNTAX)
-            size = int(value)
+            valid = value.isdigit() and len(value) <= 20
+            size = int(value) if valid else 0
         elif keyword == b"BODY":  # RFC 6152
-            if value.upper() not in (b"7BIT", b"8BITMIME"):
-                raise Refused(PARAMETER_SYNTAX)
+            valid = value in (b"7BIT", b"8BITMIME")
         elif keyword == b"SMTPUTF8":  # RFC 6531 section 3.4
-            if equals:
-                raise Refused(PARAMETER_SYNTAX)
-            utf8 = True
+            valid = utf8 = not equals
         elif keyword == b"AUTH":  # RFC 4954 section 5: we may ignore it
-            if not value:
-                raise Refused(PARAMETER_SYNTAX)
+            valid = value != b""
         else:
             raise Refused(UNKNOWN_PARAMETER)
+        if not valid:
+            raise Refused(PARAMETER_SYNTAX)
     return size, utf8
 
 
@@ -283,17 +274,14 @@ class Spool:
         self._file = -1  # its descriptor, once there is one
 
     def write(self, data: bytes) -> None:
-        if self._file < 0 and len(self._memory) + len(data) <= SPOOL_MEMORY:
-            self._memory += data
-        else:
-            self._write_file(data)
+        self._memory += data
+        if len(self._memory) > SPOOL_MEMORY or self._file >= 0:
+            self._to_file()
 
-    def _write_file(self, data: bytes | bytearray) -> None:
+    def _to_file(self) -> None:
         if self._file < 0:
             self._file = unlinked_file(os.environ.get("TMPDIR") or "/tmp")
-            memory, self._memory = self._memory, bytearray()
-            self._write_file(memory)
-        view = memoryview(data)
+        view, self._memory = memoryview(self._memory), bytearray()
         while view:
             view = view[os.write(self._file, view) :]
 
@@ -310,7 +298,7 @@ class Spool:
             if whole:
                 return reader
             os.close(reader)  # a pipe may be as small as a page where many are open
-            self._write_file(b"")
+            self._to_file()
         os.lseek(self._file, 0, os.SEEK_SET)
         return os.dup(self._file)
 
@@ -324,13 +312,20 @@ class Spool:
 def unlinked_file(directory: str) -> int:
     """Return a descriptor of a new file without a name.
 
-    Not by tempfile, which takes 13 ms to import, and descriptors that may have
-    run out by the time of the first big mail.
+    Not by tempfile, which takes 13 ms to import, and a descriptor that there
+    may be none of when the first big mail comes.
     """
+    try:
+        return os.open(directory, os.O_RDWR | os.O_TMPFILE, 0o600)
+    except (AttributeError, OSError):
+        pass  # neither every system nor every file system knows it
     path = os.path.join(directory, f"msmtpd.{os.urandom(16).hex()}")
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     os.unlink(path)
     return descriptor
+
+
+_OUR_FIELD = b" (msmtpd) with "  # see received_field()
 
 
 class MailData:
@@ -346,12 +341,12 @@ class MailData:
         self.failure: Reply | None = None
         self.trouble = ""  # the reason for it, for the log
         self._hops = 0
+        self._header: bytes | None = b"\n"  # the end of what has come of it, None once it is over
         self._limit = limit
         self._eol = b"\r\n" if crlf else b"\n"
-        self._ends = (b"\r\n",) if crlf else (b"\r\n", b"\n")
         # A dot may be the very first octet: the data begin as if behind a line end.
         self._held = self._eol
-        self._first = True
+        self._unsent = len(self._eol)
 
     def feed(self, data: bytes) -> int:
         """Decode `data`; return how many octets follow the end, -1 without an end."""
@@ -360,17 +355,15 @@ class MailData:
         pieces, start, left = [], 0, -1
         while True:
             found = data.find(mark, start)
-            if found < 0:
-                end = len(data) - self._unsure(data, start)
-                break
             after = found + len(mark)
             next_two = data[after : after + 2]
-            if next_two.startswith(self._ends):
+            if found < 0 or next_two in (b"", b"\r"):
+                end = max(start, len(data) - 4)  # four octets may begin CRLF.CRLF
+                end -= data.endswith(b"\r", start, end)  # and no CRLF is torn apart
+                break
+            if next_two.startswith((b"\r\n", self._eol)):
                 end = after - 1
                 left = len(data) - after - (2 if next_two == b"\r\n" else 1)
-                break
-            if next_two in (b"", b"\r"):
-                end = found - data.endswith(b"\r", start, found)
                 break
             pieces.append(data[start : after - 1])
             start = after
@@ -379,31 +372,29 @@ class MailData:
         self._put(b"".join(pieces))
         return left
 
-    def _unsure(self, data: bytes, start: int) -> int:
-        """Count the last octets that the next piece may turn into a mark or a CRLF."""
-        for tail in (b"\r\n", self._eol, b"\r"):
-            if data.endswith(tail, start):
-                return len(tail)
-        return 0
-
     def _put(self, data: bytes) -> None:
-        if self._first and data:
-            data = data[len(self._eol) :]  # which was not sent
-            self._first = False
-        if self.size < SPOOL_MEMORY:  # where the Received fields are
-            self._hops += data.count(b" (msmtpd) with ")
+        data, self._unsent = data[self._unsent :], max(0, self._unsent - len(data))
         self.size += len(data)
         if self.failure is not None:
             return
+        text = crlf_to_lf(data)
+        if self._header is not None:
+            self._count_hops(self._header + text)
         if self.size > self._limit:
             self._fail(MAIL_TOO_BIG, f"a mail is over the limit of {self._limit} octets")
         elif self._hops > MAX_HOPS:
             self._fail(MAIL_LOOP, f"a mail has passed msmtpd {self._hops} times")
         else:
             try:
-                self.spool.write(crlf_to_lf(data))
+                self.spool.write(text)
             except OSError as error:
                 self._fail(SPOOL_FAILED, f"cannot store a mail in TMPDIR: {error.strerror}")
+
+    def _count_hops(self, text: bytes) -> None:
+        """Count our Received fields, up to the empty line that ends the header."""
+        header, empty_line, _ = text.partition(b"\n\n")
+        self._hops += header.count(_OUR_FIELD)
+        self._header = None if empty_line else header[1 - len(_OUR_FIELD) :]  # one may come in two pieces
 
     def _fail(self, reply: Reply, trouble: str) -> None:
         self.failure = reply
@@ -467,8 +458,11 @@ class Credentials:
         self.password = password
         self._scram: tuple[bytes, bytes] | None = None
 
-    def match(self, user: bytes, password: bytes) -> bool:
-        return bool(equal(user, self.user) & equal(password, self.password))
+    def match(self, user: bytes, proof: bytes, expected: bytes) -> bool:
+        """Compare in a time that tells nothing about where, or whether, which of them differs."""
+        import hmac
+
+        return hmac.compare_digest(user, self.user) & hmac.compare_digest(proof, expected)
 
     def scram(self) -> tuple[bytes, bytes]:
         """Return a salt and the salted password of RFC 5802, made at the first use."""
@@ -487,11 +481,8 @@ class Credentials:
 SCRAM_ITERATIONS = 4096  # RFC 7677 section 4: at least
 
 
-def equal(a: bytes, b: bytes) -> bool:
-    """Compare in a time that tells nothing about where the two differ."""
-    import hmac
-
-    return hmac.compare_digest(a, b)
+class Outcome(bytes):
+    """A challenge that tells the client that its response was right, before the end of the exchange."""
 
 
 def auth_plain(credentials: Credentials) -> Exchange:
@@ -499,14 +490,14 @@ def auth_plain(credentials: Credentials) -> Exchange:
     fields = (yield b"").split(b"\0")
     if len(fields) != 3:
         raise Refused(AUTH_MALFORMED)
-    return credentials.match(fields[1], fields[2])
+    return credentials.match(fields[1], fields[2], credentials.password)
 
 
 def auth_login(credentials: Credentials) -> Exchange:
     """LOGIN, which has no RFC; clients compare these very prompts."""
     user = yield b"Username:"
     password = yield b"Password:"
-    return credentials.match(user, password)
+    return credentials.match(user, password, credentials.password)
 
 
 def auth_cram_md5(credentials: Credentials) -> Exchange:
@@ -520,7 +511,7 @@ def auth_cram_md5(credentials: Credentials) -> Exchange:
     challenge = b"<%s.%d@localhost>" % (fresh_nonce(), time.time())
     user, _, digest = (yield challenge).rpartition(b" ")
     expected = hmac.new(credentials.password, challenge, md5).hexdigest().encode()
-    return bool(equal(user, credentials.user) & equal(digest.lower(), expected))
+    return credentials.match(user, digest.lower(), expected)
 
 
 def auth_scram_sha_256(credentials: Credentials) -> Exchange:
@@ -544,10 +535,10 @@ def auth_scram_sha_256(credentials: Credentials) -> Exchange:
     client_key = sign(salted, b"Client Key")
     signature = sign(hashlib.sha256(client_key).digest(), message)
     expected = bytes(a ^ b for a, b in zip(client_key, signature))
-    if not equal(user, credentials.user) & equal(proof, expected):
+    if not credentials.match(user, proof, expected):
         return False
     server_signature = sign(sign(salted, b"Server Key"), message)
-    if (yield b"v=" + encode_base64(server_signature)):
+    if (yield Outcome(b"v=" + encode_base64(server_signature))):
         raise Refused(AUTH_MALFORMED)  # it has only to acknowledge
     return True
 
@@ -575,6 +566,10 @@ def fresh_nonce() -> bytes:
 
 def encode_base64(data: bytes) -> bytes:
     return binascii.b2a_base64(data, newline=False)
+
+
+def ask(challenge: bytes) -> Reply:
+    return b"334 %s\r\n" % encode_base64(challenge)
 
 
 def decode_base64(text: bytes) -> bytes:
@@ -606,14 +601,13 @@ class Throttle:
     """
 
     def __init__(self, always: bool = False) -> None:
-        self.always = always
-        self._until = float("-inf")
+        self._until = NEVER if always else 0.0
 
     def delay(self, now: float, failed: bool) -> float:
         """Return for how many seconds to hold back an outcome that is known `now`."""
-        late = self.always or now < self._until
+        late = now < self._until
         if failed:
-            self._until = now + THROTTLE_SECONDS
+            self._until = max(self._until, now + THROTTLE_SECONDS)
         return THROTTLE_DELAY if late else 0.0
 
 
@@ -707,11 +701,11 @@ class Policy:
         self.ehlo_reply = b"".join(lines) + b"250 ENHANCEDSTATUSCODES\r\n"
 
 
-TEXT = frozenset(b"\t\r\n") | frozenset(range(32, 127))  # what a command may begin with
+_TEXT = b"\t\r\n" + bytes(range(32, 127))  # what a command may begin with
 
 # The methods that no form may use to reach us: a browser can be made to send
 # any body to a port of its own machine.
-HTTP_METHODS = frozenset(b"GET HEAD POST PUT DELETE CONNECT OPTIONS TRACE PATCH PRI".split())
+HTTP_METHODS = b"GET HEAD POST PUT DELETE CONNECT OPTIONS TRACE PATCH PRI".split()
 
 
 class Session:
@@ -728,12 +722,11 @@ class Session:
         self._esmtp = False
         self.authenticated = policy.credentials is None
         self.envelope: Envelope | None = None
-        self._reader = Session._read_command
-        self._exchange: Exchange | None = None  # while _read_auth reads
-        self._data: MailData | None = None  # while _read_data reads
+        self._exchange: Exchange | None = None  # gets the next line
+        self.data: MailData | None = None  # gets the next input
+        self._deaf = False  # while a delivery runs, and after the end
         self._errors = 0  # since the last mail
-        self._mails = 0  # delivered
-        self.last_refusal: Reply = b""  # of a command, in a session that has delivered none
+        self.last_refusal: Reply | None = b""  # of a command; None once a mail has been delivered
         self._auth_failures = 0
         self._input = b""
         self._at = 0  # where the unread input begins
@@ -749,30 +742,28 @@ class Session:
 
     def step(self) -> list[Action]:
         """Work off the next line or piece of data; [] if it is not there yet."""
-        if self._at == len(self._input):
+        if self._deaf or self._at == len(self._input):
             return []
         try:
-            return self._reader(self)
+            return self._read_line() if self.data is None else self._read_data(self.data)
         except Refused as refused:
-            self._expect_command()  # a refusal ends an AUTH exchange
-            if not self._mails:
+            self._exchange = None
+            if self.last_refusal is not None:
                 self.last_refusal = refused.reply
             return self._negative(refused.reply)
 
     def delivered(self, reply: Reply) -> list[Action]:
         """End the transaction that Deliver began, with the reply to its mail."""
         self._end_transaction()
-        self._expect_command()
+        self._deaf = False
         if reply[:1] != b"2":
             return self._negative(reply)
         self._errors = 0
-        self._mails += 1
-        self.last_refusal = b""
+        self.last_refusal = None
         return [reply]
 
     def close(self) -> None:
         """Drop what is left, so that no file and no input outlives the session."""
-        self._reader = Session._read_nothing
         self._input = b""
         self._at = 0
         self._end_transaction()
@@ -781,10 +772,6 @@ class Session:
     def in_transaction(self) -> bool:
         return self.envelope is not None
 
-    @property
-    def reading_data(self) -> bool:
-        return self._data is not None
-
     def _negative(self, reply: Reply) -> list[Action]:
         self._errors += reply is not TOO_MANY_RECIPIENTS  # which only asks for another mail
         if self._errors < MAX_ERRORS:
@@ -792,31 +779,29 @@ class Session:
         return [reply, TOO_MANY_ERRORS, Note("warning", "too many errors"), *self._end(orderly=False)]
 
     def _end(self, orderly: bool) -> list[Action]:
-        self._reader = Session._read_nothing
+        self._deaf = True
         return [Close(orderly)]
 
     def _end_transaction(self) -> None:
         self.envelope = None
-        if self._data is not None:
-            self._data.spool.close()
-            self._data = None
+        if self.data is not None:
+            self.data.spool.close()
+            self.data = None
 
     # Readers: who gets the next input
 
-    def _expect_command(self) -> None:
-        self._reader = Session._read_command
-        self._exchange = None
-
-    def _read_nothing(self) -> list[Action]:
-        return []
-
-    def _read_command(self) -> list[Action]:
-        if self._input[self._at] not in TEXT and not self._overlong:
+    def _read_line(self) -> list[Action]:
+        in_auth = self._exchange is not None
+        if not in_auth and not self._overlong and self._input[self._at] not in _TEXT:
             return self._not_smtp("binary data")
-        line = self._take_line(MAX_COMMAND_LINE)
+        line = self._take_line(MAX_AUTH_LINE if in_auth else MAX_COMMAND_LINE)
         if line is None:
             return []
-        verb, _, argument = line.rstrip(b" \t").partition(b" ")
+        line = line.replace(b"\t", b" ").rstrip(b" ")
+        return self._respond(line) if in_auth else self._command(line)
+
+    def _command(self, line: bytes) -> list[Action]:
+        verb, _, argument = line.partition(b" ")
         command = VERBS.get(verb.upper())
         if command is None:
             if verb.upper() in HTTP_METHODS or b" HTTP/" in line or verb.endswith(b":"):
@@ -831,24 +816,17 @@ class Session:
     def _not_smtp(self, what: str) -> list[Action]:
         return [Note("warning", f"client does not speak SMTP but {what}"), *self._end(orderly=False)]
 
-    def _read_auth(self) -> list[Action]:
-        line = self._take_line(MAX_AUTH_LINE)
-        if line is None:
-            return []
-        return self._respond(line)
-
-    def _read_data(self) -> list[Action]:
-        assert self._data is not None and self.envelope is not None
-        left = self._data.feed(self._input[self._at :])
+    def _read_data(self, data: MailData) -> list[Action]:
+        assert self.envelope is not None
+        left = data.feed(self._input[self._at :])
         self._at = len(self._input) - max(left, 0)
         if left < 0:
             return []
-        data, self._data = self._data, None
+        self.data = None
         if data.failure is None:
-            self._reader = Session._read_nothing
+            self._deaf = True
             return [Deliver(self.envelope, data.spool, data.size)]
         self._end_transaction()
-        self._expect_command()
         return [Note("error", data.trouble), *self._negative(data.failure)]
 
     def _take_line(self, limit: int) -> bytes | None:
@@ -873,20 +851,13 @@ class Session:
 
     # Verbs: what each does once its conditions hold
 
-    def _ehlo(self, argument: bytes) -> list[Action]:
-        self._greet(argument, esmtp=True)
-        return [self._policy.ehlo_reply]
-
-    def _helo(self, argument: bytes) -> list[Action]:
-        self._greet(argument, esmtp=False)
-        return [HELO_OK]
-
-    def _greet(self, name: bytes, esmtp: bool) -> None:
+    def _greet(self, name: bytes, esmtp: bool) -> list[Action]:
         if not name:
             raise Refused(NAME_MISSING)
         self._end_transaction()
         self.name = name
         self._esmtp = esmtp
+        return [self._policy.ehlo_reply if esmtp else HELO_OK]
 
     def _mail(self, argument: bytes) -> list[Action]:
         path, parameters = split_path(argument, b"FROM:", SENDER_SYNTAX)
@@ -903,7 +874,7 @@ class Session:
         self.envelope.tried = True
         path, parameters = split_path(argument, b"TO:", RECIPIENT_SYNTAX)
         self._check_address(path, self.envelope.utf8)
-        if parameters.strip():
+        if parameters:
             raise Refused(UNKNOWN_PARAMETER)
         if len(self.envelope.recipients) >= MAX_RECIPIENTS:
             raise Refused(TOO_MANY_RECIPIENTS)
@@ -922,8 +893,7 @@ class Session:
         if not self.envelope.recipients:
             raise Refused(NO_VALID_RECIPIENTS if self.envelope.tried else NO_RECIPIENT)
         spool = self._open_spool(self.name, self._protocol(self.envelope))
-        self._data = MailData(spool, self._policy.max_size, self._line_ended_in_crlf)
-        self._reader = Session._read_data
+        self.data = MailData(spool, self._policy.max_size, self._line_ended_in_crlf)
         return [START_MAIL]
 
     def _protocol(self, envelope: Envelope) -> str:
@@ -936,20 +906,11 @@ class Session:
         self._end_transaction()
         return [OK]
 
-    def _noop(self, argument: bytes) -> list[Action]:
-        return [OK]
-
-    def _help(self, argument: bytes) -> list[Action]:
-        return [HELP]
-
-    def _vrfy(self, argument: bytes) -> list[Action]:
-        return [NOT_VERIFIED]
-
     def _not_implemented(self, argument: bytes) -> list[Action]:
         raise Refused(NOT_IMPLEMENTED)
 
     def _quit(self, argument: bytes) -> list[Action]:
-        return [BYE, *self._end(orderly=not self.in_transaction)]
+        return [BYE, *self._end(orderly=True)]
 
     # Authentication
 
@@ -968,11 +929,7 @@ class Session:
         challenge = next(self._exchange)
         if len(words) == 2:
             return self._respond(b"" if words[1] == b"=" else words[1])
-        return self._challenge(challenge)
-
-    def _challenge(self, challenge: bytes) -> list[Action]:
-        self._reader = Session._read_auth
-        return [b"334 %s\r\n" % encode_base64(challenge)]
+        return [ask(challenge)]
 
     def _respond(self, line: bytes) -> list[Action]:
         """Give the client's response to the exchange, which ends unless it asks on."""
@@ -980,10 +937,11 @@ class Session:
         if line == b"*":
             raise Refused(AUTH_CANCELLED)
         try:
-            return self._challenge(self._exchange.send(decode_base64(line)))
+            challenge = self._exchange.send(decode_base64(line))
         except StopIteration as end:
-            self._expect_command()
+            self._exchange = None
             return self._authenticated(end.value)
+        return [Pause(failed=False), ask(challenge)] if isinstance(challenge, Outcome) else [ask(challenge)]
 
     def _authenticated(self, success: bool) -> list[Action]:
         if success:
@@ -1010,16 +968,16 @@ _AUTH_IS_NEW: Condition = (lambda s: not s.authenticated, ALREADY_AUTHENTICATED)
 _AUTH_ALONE: Condition = (lambda s: s.envelope is None, AUTH_IN_TRANSACTION)
 
 VERBS: Mapping[bytes, tuple[Effect, tuple[Condition, ...]]] = {
-    b"EHLO": (Session._ehlo, ()),
-    b"HELO": (Session._helo, ()),
+    b"EHLO": (lambda s, name: s._greet(name, esmtp=True), ()),
+    b"HELO": (lambda s, name: s._greet(name, esmtp=False), ()),
     b"AUTH": (Session._auth, (_AUTH_OFFERED, _GREETED, _AUTH_IS_NEW, _AUTH_ALONE)),
     b"MAIL": (Session._mail, (_GREETED, _AUTHENTICATED, _NO_TRANSACTION)),
     b"RCPT": (Session._rcpt, (_GREETED, _AUTHENTICATED, _TRANSACTION)),
     b"DATA": (Session._start_data, (_GREETED, _AUTHENTICATED, _TRANSACTION)),
     b"RSET": (Session._rset, ()),
-    b"NOOP": (Session._noop, ()),
-    b"HELP": (Session._help, ()),
-    b"VRFY": (Session._vrfy, ()),
+    b"NOOP": (lambda s, _: [OK], ()),
+    b"HELP": (lambda s, _: [HELP], ()),
+    b"VRFY": (lambda s, _: [NOT_VERIFIED], ()),
     b"EXPN": (Session._not_implemented, ()),
     b"STARTTLS": (Session._not_implemented, ()),
     b"QUIT": (Session._quit, ()),
@@ -1041,9 +999,8 @@ VERBS: Mapping[bytes, tuple[Effect, tuple[Condition, ...]]] = {
 _NO_SHELL_SYNTAX = _PLAIN + b" \t"
 _REPARSERS = (b"eval", b"rsh", b"runuser", b"ssh", b"su")
 
-_SYSEXITS = "USAGE DATAERR NOINPUT NOUSER NOHOST UNAVAILABLE SOFTWARE OSERR OSFILE CANTCREAT IOERR TEMPFAIL PROTOCOL"
-EXIT_NAMES = {status: f"EX_{name}" for status, name in enumerate(f"{_SYSEXITS} NOPERM CONFIG".split(), 64)}
-TEMPORARY = frozenset((68, 69, 71, 75))
+EXIT_NAMES = {status: name for name, status in vars(os).items() if name.startswith("EX_")}
+TEMPORARY = (68, 69, 71, 75)
 
 
 class StartupError(Exception):
@@ -1157,14 +1114,11 @@ def spawn(
     program: str, arguments: list[bytes], environment: Mapping[bytes, bytes], actions: list[tuple[int, int, int]]
 ) -> int:
     """Start a process in a session of its own, with all signals as they are by default."""
+    options: Any = {"file_actions": actions, "setsigmask": (), "setsigdef": _SIGNALS}
     try:
-        return os.posix_spawn(
-            program, arguments, environment, file_actions=actions, setsid=True, setsigmask=(), setsigdef=_SIGNALS
-        )
+        return os.posix_spawn(program, arguments, environment, setsid=True, **options)
     except NotImplementedError:  # macOS and the BSDs know process groups only
-        return os.posix_spawn(
-            program, arguments, environment, file_actions=actions, setpgroup=0, setsigmask=(), setsigdef=_SIGNALS
-        )
+        return os.posix_spawn(program, arguments, environment, setpgroup=0, **options)
 
 
 _SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
@@ -1175,13 +1129,12 @@ def judge(status: int) -> tuple[bytes, str]:
 
     What is not the mail's fault is temporary: the client shall try again.
     """
-    number = -status if status < 0 else status - 128
     if status == 0:
         return b"250 2.0.0", "Ok"
     if status in (126, 127):
         return b"451 4.3.5", f"Command could not be run (exit status {status})"
     if status < 0 or 129 <= status <= 159:
-        return b"451 4.3.0", f"Command was ended by signal {number}"
+        return b"451 4.3.0", f"Command was ended by signal {-status if status < 0 else status - 128}"
     name = f" ({EXIT_NAMES[status]})" if status in EXIT_NAMES else ""
     if status in TEMPORARY:
         return b"451 4.3.0", f"Command failed for now with exit status {status}{name}"
@@ -1194,12 +1147,10 @@ def failure_reply(code: bytes, text: str, output: bytes, utf8: bool) -> Reply:
     `code` is the reply code and the enhanced one; the output's last lines are
     cleaned to printable text, and to ASCII unless the client knows better.
     """
-    lines = [text, *last_lines(output, utf8)]
-    first, rest = code[:3], code[4:]
-    room = MAX_REPLY_LINE - len(code) - 3
-    cut = [line.encode()[:room].decode(errors="ignore").encode() for line in lines]
-    parts = [b"%s-%s %s\r\n" % (first, rest, line) for line in cut[:-1]]
-    return b"".join(parts) + b"%s %s %s\r\n" % (first, rest, cut[-1])
+    room = MAX_REPLY_LINE - len(code) - len(b" \r\n")
+    texts = [line.encode()[:room].decode(errors="ignore").encode() for line in (text, *last_lines(output, utf8))]
+    lines = [b"%s %s\r\n" % (code, line) for line in texts]
+    return b"".join(line.replace(b" ", b"-", 1) for line in lines[:-1]) + lines[-1]
 
 
 def last_lines(output: bytes, utf8: bool) -> list[str]:
@@ -1332,11 +1283,17 @@ NEVER = float("inf")
 if TYPE_CHECKING:
 
     class Task(Protocol):
-        def ready(self, descriptor: int, events: int) -> None: ...
-        def resume(self) -> None: ...
+        def crash(self) -> None: ...
+
+    class Watcher(Task, Protocol):
+        def ready(self, events: int) -> None: ...
+
+    class Timed(Task, Protocol):
         def due(self) -> float: ...
         def expire(self) -> None: ...
-        def crash(self) -> None: ...
+
+    class Resumable(Task, Protocol):
+        def resume(self) -> None: ...
 
     class Selector(Protocol):
         def register(self, fileobj: int, events: int) -> object: ...
@@ -1360,12 +1317,12 @@ class Loop:
         self._selector = selector
         self._log = log
         self._clock = clock
-        self._watched: dict[int, tuple[Task, int]] = {}
-        self._restless: dict[Task, None] = {}  # in the order of their requests
-        self._timed: set[Task] = set()
+        self._watched: dict[int, tuple[Watcher, int]] = {}
+        self._restless: dict[Resumable, None] = {}  # in the order of their requests
+        self._timed: set[Timed] = set()
         self._wake_at = NEVER
 
-    def watch(self, descriptor: int, events: int, task: Task) -> None:
+    def watch(self, descriptor: int, events: int, task: Watcher) -> None:
         """Call task.ready() whenever the descriptor is; `events` 0 for no longer."""
         before = self._watched.get(descriptor, (task, 0))[1]
         if events == before:
@@ -1380,16 +1337,16 @@ class Loop:
             self._selector.register(descriptor, events)
         self._watched[descriptor] = task, events
 
-    def resume_later(self, task: Task) -> None:
+    def resume_later(self, task: Resumable) -> None:
         """Call task.resume() in the next turn."""
         self._restless[task] = None
 
-    def add_timed(self, task: Task) -> None:
+    def add_timed(self, task: Timed) -> None:
         """Call task.expire() once it is due, until remove_timed()."""
         self._timed.add(task)
         self.schedule(task.due())
 
-    def remove_timed(self, task: Task) -> None:
+    def remove_timed(self, task: Timed) -> None:
         self._timed.discard(task)
 
     def schedule(self, when: float) -> None:
@@ -1407,12 +1364,12 @@ class Loop:
         self.now = self._clock()
         restless, self._restless = self._restless, {}
         for key, mask in events:
-            task = self._watched.get(key.fd, (None, 0))[0]
-            if task is not None:  # one before it may have closed the descriptor
+            watcher = self._watched.get(key.fd, (None, 0))[0]
+            if watcher is not None:  # one before it may have closed the descriptor
                 try:
-                    task.ready(key.fd, mask)
+                    watcher.ready(mask)
                 except Exception as error:
-                    self._crash(task, error)
+                    self._crash(watcher, error)
         for task in restless:
             self.guard(task, task.resume)
         if self.now >= self._wake_at:
@@ -1473,12 +1430,13 @@ class Server:
         self.connections: set[Connection] = set()
         self.running: set[Delivery] = set()
         self.waiting: list[Delivery] = []
+        self.leftovers: list[Leftover] = []
         self.stopping = False
         self.mirror_output = False  # the command's output also goes to our standard error
         self.max_sessions = MAX_SESSIONS
         self._listeners: list[Listener] = []
         self._sessions = 0  # begun so far
-        self._relief = -1  # while clients have to wait: with how many sessions that ends
+        self._crowded_until = NEVER  # while clients have to wait, or have had to lately
         self._rest_until = NEVER  # while nothing is accepted because resources ran out
         self._stop_at = NEVER
         self._notify: Callable[[str], None] = lambda state: None
@@ -1493,7 +1451,7 @@ class Server:
         self._admit()
         notify("READY=1")
 
-    def begin(self, reader: int, writer: int, sock: Socket | None, client: str) -> Connection:
+    def begin(self, reader: int, writer: int, sock: _socket.socket | None, client: str) -> Connection:
         """Begin a session on two descriptors, and their socket if it is one.
 
         `client` is an IP address, or empty where there is none.
@@ -1505,31 +1463,32 @@ class Server:
             self._crowd(f"all {self.max_sessions} sessions are taken, further clients wait")
         self._admit()
         self.loop.add_timed(connection)
-        self.loop.guard(connection, connection.greet)
+        self.loop.guard(connection, connection.resume)
         return connection
 
     def ended(self, connection: Connection) -> None:
         self.connections.discard(connection)
         self.loop.remove_timed(connection)
-        self._relax()
         self._admit()
 
-    def _relax(self) -> None:
-        if len(self.connections) <= self._relief and self._rest_until == NEVER:
-            self._relief = -1
-            self.log.write("info", "clients no longer wait")
-
     def _crowd(self, reason: str) -> None:
-        """Lose patience with idle clients, from now until half of the sessions have ended."""
-        if self._relief < 0:
-            self._relief = len(self.connections) // 2
+        """Lose patience with idle clients, until nobody has had to wait for a while."""
+        if self._crowded_until == NEVER:
             self.loop.schedule(self.loop.now)  # their deadlines are nearer now
             self.log.write("warning", reason)
+        self._crowded_until = self.loop.now + CROWDED_TIMEOUT
+
+    def _relax(self) -> None:
+        if self.admits:
+            self._crowded_until = NEVER
+            self.log.write("info", "clients no longer wait")
+        else:
+            self._crowded_until = self.loop.now + CROWDED_TIMEOUT
 
     @property
     def patience(self) -> float:
         """How long a client may go without progress, in seconds."""
-        return IDLE_TIMEOUT if self._relief < 0 else CROWDED_TIMEOUT
+        return IDLE_TIMEOUT if self._crowded_until == NEVER else CROWDED_TIMEOUT
 
     def _admit(self) -> None:
         """Watch the listeners, or leave clients in the backlog."""
@@ -1573,6 +1532,12 @@ class Server:
         if self.waiting:
             self.loop.resume_later(self)
 
+    def adopt(self, output: int) -> None:
+        """Go on reading from a pipe after its command has exited."""
+        self.leftovers.append(Leftover(self, output))
+        if len(self.leftovers) > MAX_LEFTOVERS:
+            self.leftovers[0].close()
+
     def reap(self) -> None:
         """Look which commands have exited."""
         for delivery in list(self.running):
@@ -1599,38 +1564,25 @@ class Server:
             listener.close()
         self._listeners = []
         for connection in list(self.connections):
-            self.loop.guard(connection, connection.resume)
+            self.loop.guard(connection, connection.stop)
 
-    # As a task of the loop, beside resume() above: the ends of a rest and of a stop
+    # As a task of the loop, beside resume() above: what ends by time
 
     def due(self) -> float:
-        return min(self._stop_at, self._rest_until)
+        return min(self._stop_at, self._rest_until, self._crowded_until)
 
     def expire(self) -> None:
         if self.loop.now >= self._rest_until:
             self._rest_until = NEVER
-            self._relax()
             self._admit()
+        if self.loop.now >= self._crowded_until:
+            self._relax()
         if self.loop.now >= self._stop_at:
             self._stop_at = NEVER
             for connection in list(self.connections):
                 self.loop.guard(connection, connection.dismiss)
 
-    def ready(self, descriptor: int, events: int) -> None: ...
     def crash(self) -> None: ...
-
-
-if TYPE_CHECKING:
-
-    class Socket(Protocol):
-        """What Connection needs of socket.socket and _socket.socket."""
-
-        def getsockname(self) -> Any: ...
-        def shutdown(self, how: int, /) -> None: ...
-        def close(self) -> None: ...
-
-
-SHUT_WR = 1  # socket.SHUT_WR, without the import
 
 
 def ip_address(name: object) -> str:
@@ -1650,7 +1602,7 @@ DRAINING = "draining"  # they are; what the client still sends is dropped
 CLOSED = "closed"  # descriptors are closed
 
 
-def open_spool(sock: Socket | None, client: str, name: bytes, protocol: str) -> Spool:
+def open_spool(sock: _socket.socket | None, client: str, name: bytes, protocol: str) -> Spool:
     """Return a spool that begins with the Received field."""
     server = ip_address(sock.getsockname()) if sock else ""
     spool = Spool()
@@ -1662,7 +1614,7 @@ class Connection:
     """Performs the actions of a Session on two descriptors, which may be one socket."""
 
     def __init__(
-        self, server: Server, number: int, reader: int, writer: int, sock: Socket | None, client: str
+        self, server: Server, number: int, reader: int, writer: int, sock: _socket.socket | None, client: str
     ) -> None:
         self._server = server
         self._number = number
@@ -1674,7 +1626,7 @@ class Connection:
         self._session = Session(server.policy, lambda name, protocol: open_spool(sock, client, name, protocol))
         self._phase = OPEN
         self._actions: list[Action] = []  # not yet performed
-        self._output = bytearray()  # not yet written
+        self._output = bytearray(GREETING)  # not yet written
         self._eof = False
         self._hungry = False  # the session has asked for input
         self._progress = server.loop.now  # when there was some, while OPEN
@@ -1686,10 +1638,8 @@ class Connection:
 
     # Input
 
-    def ready(self, descriptor: int, events: int) -> None:
-        if self._phase == DRAINING:
-            self._drain()
-        elif events & READ and self._phase == OPEN:
+    def ready(self, events: int) -> None:
+        if events & READ and self._phase in (OPEN, DRAINING):
             self._receive()
         else:
             self.resume()
@@ -1703,19 +1653,19 @@ class Connection:
         except OSError:
             self._abandon()
             return
+        if self._phase == DRAINING:
+            if not data:
+                self._forget()
+            return
         self._eof = not data
         self._hungry = False
-        if self._session.reading_data:
+        if self._session.data is not None:
             earned = self._progress + len(data) * DATA_SECONDS_PER_OCTET
             self._progress = min(self._server.loop.now, earned)
         self._session.receive(data)
         self.resume()
 
     # Actions
-
-    def greet(self) -> None:
-        self._output += GREETING
-        self.resume()
 
     def resume(self) -> None:
         """Perform what the session wants until it needs input, must wait, or its turn is over."""
@@ -1824,9 +1774,14 @@ class Connection:
 
     # The end
 
+    def stop(self) -> None:
+        """End a session that is not in the middle of a mail; the others end when their mail has."""
+        if self._phase == OPEN and not self._session.in_transaction:
+            self._say_goodbye(SHUTTING_DOWN)
+
     def dismiss(self) -> None:
         """End a session that did not come to an end after the server's stop."""
-        if self._phase == OPEN or self._phase == PAUSED:
+        if self._phase in (OPEN, PAUSED):
             self._say_goodbye(SHUTTING_DOWN)
 
     def crash(self) -> None:
@@ -1855,24 +1810,13 @@ class Connection:
         If we closed while input is unread, the kernel would reset the
         connection and the client might never see our last reply.
         """
-        if self._sock is None or self._eof or self.orderly:
-            self._forget()
-            return
         try:
-            self._sock.shutdown(SHUT_WR)
-        except OSError:
-            self._forget()
-            return
-        self._phase = DRAINING
-
-    def _drain(self) -> None:
-        try:
-            if os.read(self._reader, RECEIVE_SIZE):
+            if self._sock is not None and not self._eof and not self.orderly:
+                self._sock.shutdown(_socket.SHUT_WR)
+                self._phase = DRAINING
                 return
-        except BlockingIOError:
-            return
         except OSError:
-            pass
+            pass  # the client has gone already
         self._forget()
 
     def _abandon(self) -> None:
@@ -1933,32 +1877,40 @@ class Delivery:
         try:
             # We keep the other end too, or its EOF would wake us just before SIGCHLD does.
             self._output, self._output_end = os.pipe()
+            os.set_blocking(self._output, False)
             self._pid = self._server.command.start(envelope.sender, envelope.recipients, stdin, self._output_end)
         finally:
             os.close(stdin)
-        os.set_blocking(self._output, False)
 
     def resume(self) -> None:
         self._finish(b"451 4.3.0", "Command could not be started")
 
-    def ready(self, descriptor: int, events: int) -> None:
-        self._read_output()
+    def ready(self, events: int) -> None:
+        self._read_output(self._output)
 
-    def _read_output(self) -> None:
-        """Keep the tail of what the command prints."""
+    def _read_output(self, output: int) -> bool:
+        """Keep the tail of what the command prints; return whether more may come."""
         try:
-            data = os.read(self._output, RECEIVE_SIZE)
+            data = os.read(output, RECEIVE_SIZE)
         except BlockingIOError:
-            return
+            return True
         self._tail = (self._tail + data)[-OUTPUT_TAIL:]
         self._server.mirror(data)
+        return bool(data)
 
-    def _close_output(self) -> None:
-        if self._output >= 0:
-            self._server.loop.watch(self._output, 0, self)
-            os.close(self._output)
-            os.close(self._output_end)
-            self._output = -1
+    def _end_output(self) -> None:
+        """Take what is in the pipe, and leave it to a Leftover if another process can print into it."""
+        output, self._output = self._output, -1
+        self._server.loop.watch(output, 0, self)
+        os.close(self._output_end)
+        more = False
+        try:
+            more = self._read_output(output)
+        finally:
+            if more:
+                self._server.adopt(output)
+            else:
+                os.close(output)
 
     def due(self) -> float:
         return self._deadline
@@ -1976,11 +1928,7 @@ class Delivery:
             pass  # it has just ended
 
     def reap(self) -> None:
-        """Finish if the command has exited.
-
-        What it printed is in the pipe by now; a process that it left behind
-        may hold the other end open and is not waited for.
-        """
+        """Finish if the command has exited; what it printed is in the pipe by now."""
         if not self._pid:
             return
         pid, status = os.waitpid(self._pid, os.WNOHANG)
@@ -1989,7 +1937,7 @@ class Delivery:
         if self._timed_out or self._crashed:
             self._kill(signal.SIGKILL)  # what is left of its group
         self._pid = 0
-        self._read_output()
+        self._end_output()
         if self._crashed:
             self._release()
         elif self._timed_out:
@@ -2024,7 +1972,8 @@ class Delivery:
                 self._connection.log("error", "command said: " + line[:LOG_FIELD])
 
     def _release(self) -> None:
-        self._close_output()
+        if self._output >= 0:  # it could not be started
+            self._end_output()
         self._server.loop.remove_timed(self)
         self._server.finished(self)
 
@@ -2038,6 +1987,36 @@ class Delivery:
         self._connection.crash()
 
 
+class Leftover:
+    """Reads what is printed by a process that a command has left behind.
+
+    If nobody did, that process would wait or die of SIGPIPE, with a mail
+    perhaps that has been acknowledged.
+    """
+
+    def __init__(self, server: Server, output: int) -> None:
+        self._server = server
+        self._output = output
+        server.loop.watch(output, READ, self)
+
+    def ready(self, events: int) -> None:
+        try:
+            data = os.read(self._output, RECEIVE_SIZE)
+        except BlockingIOError:
+            return
+        self._server.mirror(data)
+        if not data:
+            self.close()
+
+    def close(self) -> None:
+        self._server.leftovers.remove(self)
+        self._server.loop.watch(self._output, 0, self)
+        os.close(self._output)
+
+    def crash(self) -> None:
+        self.close()
+
+
 class Listener:
     """A listening socket."""
 
@@ -2049,7 +2028,7 @@ class Listener:
     def watch(self, wanted: bool) -> None:
         self._server.loop.watch(self._sock.fileno(), READ * wanted, self)
 
-    def ready(self, descriptor: int, events: int) -> None:
+    def ready(self, events: int) -> None:
         if not self._server.admits:
             return  # another listener has just taken the last place
         try:
@@ -2065,11 +2044,6 @@ class Listener:
         self.watch(False)
         self._sock.close()
 
-    def due(self) -> float:
-        return NEVER
-
-    def resume(self) -> None: ...
-    def expire(self) -> None: ...
     def crash(self) -> None: ...
 
 
@@ -2087,7 +2061,7 @@ class Signals:
             signal.signal(number, lambda number, frame: None)
         server.loop.watch(self._reader, READ, self)
 
-    def ready(self, descriptor: int, events: int) -> None:
+    def ready(self, events: int) -> None:
         try:
             numbers = os.read(self._reader, 4096)
         except BlockingIOError:
@@ -2099,11 +2073,6 @@ class Signals:
             if number in (signal.SIGTERM, signal.SIGINT):
                 self._server.stop()
 
-    def due(self) -> float:
-        return NEVER
-
-    def resume(self) -> None: ...
-    def expire(self) -> None: ...
     def crash(self) -> None: ...
 
 
@@ -2166,16 +2135,13 @@ def serve_inetd(server: Server) -> int:
     return 0 if connection.orderly else 1
 
 
-def standard_socket() -> tuple[Socket | None, str]:
+def standard_socket() -> tuple[_socket.socket | None, str]:
     """Return descriptor 0 as a socket, if it is one, and the client's address."""
-    # All that is needed here; the full module takes 10 ms.
-    from _socket import SO_ACCEPTCONN, SOL_SOCKET, socket
-
     try:
-        sock = socket(fileno=0)
+        sock = _socket.socket(fileno=0)
     except OSError:
         return None, ""
-    if sock.getsockopt(SOL_SOCKET, SO_ACCEPTCONN):
+    if sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_ACCEPTCONN):
         raise StartupError("descriptor 0 listens; --inetd needs nowait in inetd.conf, Accept=yes in a .socket unit")
     try:
         return sock, ip_address(sock.getpeername())
@@ -2196,11 +2162,11 @@ def get_password(user: str, command: str, inetd: bool) -> bytes:
     if command:
         return password_from_command(command, inetd)
     password, trouble = password_from_key_ring(user)
-    if not password and not inetd:
-        password = password_from_prompt(user)
-    if not password:
+    if password:
+        return password
+    if inetd or not has_terminal():
         raise StartupError(f"{trouble}, and no terminal to ask for a password; use --auth={user},command")
-    return password
+    return password_from_prompt(user)
 
 
 def password_from_command(command: str, inetd: bool) -> bytes:
@@ -2209,10 +2175,10 @@ def password_from_command(command: str, inetd: bool) -> bytes:
     stdin = subprocess.DEVNULL if inetd else None
     result = subprocess.run(command, shell=True, stdin=stdin, stdout=subprocess.PIPE, check=False)
     if result.returncode:
-        raise StartupError(f"the password command of --auth failed with exit status {result.returncode}: {command}")
+        raise StartupError(f"the password command of --auth failed with exit status {result.returncode}: {command!a}")
     password = first_line(result.stdout)
     if not password:
-        raise StartupError(f"the password command of --auth printed no password: {command}")
+        raise StartupError(f"the password command of --auth printed no password: {command!a}")
     return password
 
 
@@ -2241,17 +2207,24 @@ def password_from_key_ring(user: str) -> tuple[bytes, str]:
     return first_line(result.stdout), f"the password for {user} in the key ring is empty"
 
 
-def password_from_prompt(user: str) -> bytes:
+def has_terminal() -> bool:
     try:
         os.close(os.open("/dev/tty", os.O_RDWR))
+        return True
     except OSError:
-        return b""
+        return False
+
+
+def password_from_prompt(user: str) -> bytes:
     import getpass
 
     try:
-        return os.fsencode(getpass.getpass(f"Password for {user} at msmtpd: "))
+        password = getpass.getpass(f"Password for {user} at msmtpd: ")
     except (EOFError, KeyboardInterrupt):
-        raise StartupError("no password given") from None
+        password = ""
+    if not password:
+        raise StartupError("no password given")
+    return os.fsencode(password)
 
 
 # ---- Command line ----------------------------------------------------------
@@ -2330,11 +2303,11 @@ class Options:
                 self.max_size = parse_number(name, value, 2**63 - 1, " of octets such as 10485760")
             else:
                 setattr(self, name, value)
-        if not self.interfaces:
-            self.interfaces = [DEFAULT_INTERFACE]
-        if self.auth.startswith(",") or self.auth.endswith(","):
+        self.interfaces = list(dict.fromkeys(self.interfaces)) or [DEFAULT_INTERFACE]
+        user, comma, command = self.auth.partition(",")
+        if self.auth and (not user or (comma and not command)):
             raise StartupError("--auth needs a user name, and a command behind a comma; see --help")
-        if " " in self.auth.partition(",")[0]:
+        if " " in user and not comma:
             raise StartupError("--auth needs a comma between user name and command; see --help")
 
 
@@ -2350,21 +2323,18 @@ def parse_options(arguments: Sequence[str]) -> list[tuple[str, str]]:
             raise StartupError(f"unexpected argument {word!a}; see --help")
         given, equals, value = word[2:].partition("=")
         name = complete_option(given)
-        if not OPTIONS[name]:
-            if equals:
-                raise StartupError(f"option --{name} takes no argument; see --help")
-        elif not equals and rest:
+        if OPTIONS[name] and not equals and rest:
             value = rest.pop(0)
         if OPTIONS[name] and not value:
             raise StartupError(f"option --{name} needs an argument; see --help")
+        if equals and not OPTIONS[name]:
+            raise StartupError(f"option --{name} takes no argument; see --help")
         options.append((name, value))
     return options
 
 
 def complete_option(given: str) -> str:
     """Return the option that is meant by its name or an unambiguous beginning of it."""
-    if given in OPTIONS:
-        return given
     candidates = [name for name in OPTIONS if given and name.startswith(given)]
     if len(candidates) == 1:
         return candidates[0]
@@ -2431,17 +2401,16 @@ def protect_descriptors(inetd: bool) -> bool:
     if shared:
         os.dup2(null, 2)
     os.close(null)
-    for descriptor in range(3, 256):
+    try:
+        inherited = [int(name) for name in os.listdir("/dev/fd")]
+    except OSError:  # no /proc here
+        inherited = list(range(256))
+    for descriptor in inherited:
         try:
-            os.set_inheritable(descriptor, False)
+            os.set_inheritable(descriptor, descriptor <= 2)
         except OSError:
             pass  # not open
     return not shared
-
-
-def listening_sockets(options: Options) -> list[socket.socket]:
-    """Return the sockets that systemd has passed, else those that the options name."""
-    return passed_sockets() or [listening_socket(host, options.port) for host in dict.fromkeys(options.interfaces)]
 
 
 def passed_sockets() -> list[socket.socket]:
@@ -2449,7 +2418,7 @@ def passed_sockets() -> list[socket.socket]:
     import socket
 
     count = os.environ.get("LISTEN_FDS", "")
-    if os.environ.get("LISTEN_PID") != str(os.getpid()) or not count.isdigit():
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or not (count.isascii() and count.isdigit()):
         return []
     sockets = []
     for descriptor in range(3, 3 + int(count)):
@@ -2464,24 +2433,15 @@ def passed_sockets() -> list[socket.socket]:
     return sockets
 
 
-def is_ip_address(host: str) -> bool:
-    """Tell whether it is an address as such: getaddrinfo takes 127.1 and * as well."""
-    import socket
-
-    for family in (socket.AF_INET, socket.AF_INET6):
-        try:
-            socket.inet_pton(family, host.partition("%")[0])
-            return True
-        except OSError:
-            pass
-    return False
-
-
 def listening_socket(host: str, port: int) -> socket.socket:
     import socket
 
-    if not is_ip_address(host):
-        raise StartupError(f"option --interface needs an IPv4 or IPv6 address such as 127.0.0.1 or ::1, not {host!a}")
+    try:  # getaddrinfo takes 127.1 and * as well
+        socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host.partition("%")[0])
+    except (OSError, ValueError):
+        raise StartupError(
+            f"option --interface needs an IPv4 or IPv6 address such as 127.0.0.1 or ::1, not {host!a}"
+        ) from None
     try:
         # As octets: a string would go through the IDNA codec, which takes 7 ms to import.
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -2512,8 +2472,8 @@ def describe(sock: socket.socket) -> str:
 
 
 def is_local(sock: socket.socket) -> bool:
-    name = sock.getsockname()
-    return not isinstance(name, tuple) or name[0].startswith("127.") or name[0] == "::1"
+    host = ip_address(sock.getsockname())
+    return host in ("", "::1") or host.startswith("127.")
 
 
 def notify_systemd(state: str) -> None:
@@ -2547,7 +2507,7 @@ def affordable_sessions() -> int:
 
 
 def serve_daemon(server: Server, options: Options) -> int:
-    sockets = listening_sockets(options)
+    sockets = passed_sockets() or [listening_socket(host, options.port) for host in options.interfaces]
     where = ", ".join(describe(sock) for sock in sockets)
     user = f"authentication as {options.auth.partition(',')[0]}" if options.auth else "no authentication"
     command = printable(os.fsencode(options.command))
@@ -2594,19 +2554,23 @@ def main() -> int:
     """Run msmtpd with the options in sys.argv and return its exit status."""
     # Before the options are read: what is wrong with them must not reach a client.
     inetd = any(len(word) > 4 and "--inetd".startswith(word) for word in sys.argv[1:])
-    audible = protect_descriptors(inetd)
+    audible = not inetd
     try:
+        audible = protect_descriptors(inetd)
         options = Options(sys.argv[1:])
         server = build_server(options)
         return serve_inetd(server) if options.inetd else serve_daemon(server, options)
     except StartupError as error:
-        if audible:
-            complain(str(error))
-        else:
-            Log(SyslogSink()).write("error", str(error))
-        return EXIT_STARTUP
+        reason = str(error)
+    except OSError as error:  # too few descriptors, processes or memory
+        reason = f"cannot go on: {error}"
     except KeyboardInterrupt:  # while a password was waited for; later it is an event
         return EXIT_STARTUP
+    if audible:
+        complain(reason)
+    else:
+        Log(SyslogSink()).write("error", reason)
+    return EXIT_STARTUP
 
 
 if __name__ == "__main__":
