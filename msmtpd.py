@@ -79,6 +79,7 @@ MAX_REPLY_LINE = 512  # with CRLF, RFC 5321 4.5.3.1.5
 MAX_OUTPUT_LINES = 5  # of the command, in a reply: msmtp needs three
 MAX_ERRORS = 20  # negative replies since the last mail, as Postfix's hard limit
 MAX_AUTH_FAILURES = 3  # in a session
+SCRAM_ITERATIONS = 4096  # RFC 7677 section 4: at least
 
 IDLE_TIMEOUT = 300.0  # without progress, RFC 5321 4.5.3.2.7
 CROWDED_TIMEOUT = 10.0  # the same while clients have to wait, and for this long after
@@ -95,7 +96,7 @@ KEY_RING_TIMEOUT = 30.0  # for a key ring that waits to be unlocked
 RESERVED_DESCRIPTORS = 64  # not for sessions: commands, listeners, log
 RECEIVE_SIZE = 65536  # more makes malloc map and unmap memory at every receive
 SPOOL_MEMORY = 32768  # of a mail before it goes to a file; also fits into a pipe
-OUTPUT_BUFFER = 65536  # of replies not yet taken, before we stop reading
+REPLY_BUFFER = 65536  # of replies not yet taken by the client, before we stop reading
 OUTPUT_TAIL = 4096  # of what the command prints, kept for reply and log
 TURN_STEPS = 64  # of one session, before the others have their turn
 LOG_FIELD = 512  # characters of a client's or a command's text in a log line
@@ -170,8 +171,8 @@ class Refused(Exception):
 # raise Refused.  They are no grammar police (msmtp and the next server judge
 # addresses), but a second line of defence behind Command: no octet that a shell
 # could take for a separator, a variable, a command or a redirection ever gets
-# through.  Where a command is known to parse its arguments once more, those that
-# glob, quote or expand do not either: is_plain().
+# through.  Where the command is known to have its arguments parsed once more,
+# those that glob, quote or expand are refused as well: is_plain().
 
 _PLAIN = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789.@_+-/=%,:"
 _ALLOWED = _PLAIN + b"#!'*?^{}~[]"
@@ -449,7 +450,7 @@ class Credentials:
     """The one user who may send mail, and the password."""
 
     def __init__(self, user: str, password: bytes) -> None:
-        # What will be needed is imported while there are descriptors to do it with.
+        # Imported now: later there may be no descriptor left to read the modules with.
         import hashlib  # noqa: F401
         import hmac  # noqa: F401
         import unicodedata  # noqa: F401
@@ -478,9 +479,6 @@ class Credentials:
         return self._scram
 
 
-SCRAM_ITERATIONS = 4096  # RFC 7677 section 4: at least
-
-
 class Outcome(bytes):
     """A challenge that tells the client that its response was right, before the end of the exchange."""
 
@@ -506,7 +504,7 @@ def auth_cram_md5(credentials: Credentials) -> Exchange:
     import hmac
 
     def md5(data: bytes = b"") -> Any:
-        return hashlib.md5(data, usedforsecurity=False)  # where a policy forbids the other kind
+        return hashlib.md5(data, usedforsecurity=False)  # FIPS policies forbid the other kind
 
     challenge = b"<%s.%d@localhost>" % (fresh_nonce(), time.time())
     user, _, digest = (yield challenge).rpartition(b" ")
@@ -604,7 +602,7 @@ class Throttle:
         self._until = NEVER if always else 0.0
 
     def delay(self, now: float, failed: bool) -> float:
-        """Return for how many seconds to hold back an outcome that is known `now`."""
+        """Take note of an outcome that is known `now`; return for how many seconds to hold it back."""
         late = now < self._until
         if failed:
             self._until = max(self._until, now + THROTTLE_SECONDS)
@@ -618,13 +616,14 @@ class Throttle:
 # comes, step() takes the next line (or piece of mail data) out of it and
 # returns what is to be done, [] when more input is needed.
 #
-# The state is four facts: the name of the greeting, whether the client is
-# authenticated, the envelope of the open transaction or None, and the reader,
-# which is who gets the next input: the commands, an AUTH exchange, the mail
-# data, or nobody while a delivery runs and after the end.
+# What decides the next reply: the name of the greeting, whether the client is
+# authenticated, the envelope of the open transaction, and who reads, which is
+# the mail data if there is one, else an AUTH exchange if there is one, else the
+# commands; nobody while a delivery runs and after the end.  The rest of the
+# state is input not yet read, and counters.
 #
 # VERBS names for each verb what it does and what must hold before it, which
-# _read_command() checks; the methods for the verbs refuse only arguments, by
+# _command() checks; the methods for the verbs refuse only arguments, by
 # raising Refused, and step() answers.  A refused command never ends the
 # session; QUIT, too many errors and a client that does not speak SMTP do.
 
@@ -677,7 +676,7 @@ class Envelope:
         self.sender = sender  # the reverse-path, b"" for the null one
         self.utf8 = utf8
         self.recipients: list[bytes] = []  # forward-paths
-        self.tried = False  # RCPT was, with whatever outcome
+        self.tried = False  # whether there was any RCPT, accepted or not
 
 
 class Policy:
@@ -726,7 +725,7 @@ class Session:
         self.data: MailData | None = None  # gets the next input
         self._deaf = False  # while a delivery runs, and after the end
         self._errors = 0  # since the last mail
-        self.last_refusal: Reply | None = b""  # of a command; None once a mail has been delivered
+        self.last_refusal: Reply | None = b""  # the last one; None once a mail has been delivered
         self._auth_failures = 0
         self._input = b""
         self._at = 0  # where the unread input begins
@@ -773,7 +772,8 @@ class Session:
         return self.envelope is not None
 
     def _negative(self, reply: Reply) -> list[Action]:
-        self._errors += reply is not TOO_MANY_RECIPIENTS  # which only asks for another mail
+        if reply is not TOO_MANY_RECIPIENTS:  # which only asks for another mail
+            self._errors += 1
         if self._errors < MAX_ERRORS:
             return [reply]
         return [reply, TOO_MANY_ERRORS, Note("warning", "too many errors"), *self._end(orderly=False)]
@@ -940,10 +940,10 @@ class Session:
             challenge = self._exchange.send(decode_base64(line))
         except StopIteration as end:
             self._exchange = None
-            return self._authenticated(end.value)
+            return self._finish_auth(end.value)
         return [Pause(failed=False), ask(challenge)] if isinstance(challenge, Outcome) else [ask(challenge)]
 
-    def _authenticated(self, success: bool) -> list[Action]:
+    def _finish_auth(self, success: bool) -> list[Action]:
         if success:
             self.authenticated = True
             return [Pause(failed=False), AUTHENTICATED]
@@ -964,13 +964,13 @@ _AUTHENTICATED: Condition = (lambda s: s.authenticated, AUTH_REQUIRED)
 _NO_TRANSACTION: Condition = (lambda s: s.envelope is None, NESTED_MAIL)
 _TRANSACTION: Condition = (lambda s: s.envelope is not None, NO_SENDER)
 _AUTH_OFFERED: Condition = (lambda s: s._policy.credentials is not None, NOT_IMPLEMENTED)
-_AUTH_IS_NEW: Condition = (lambda s: not s.authenticated, ALREADY_AUTHENTICATED)
+_NOT_AUTHENTICATED: Condition = (lambda s: not s.authenticated, ALREADY_AUTHENTICATED)
 _AUTH_ALONE: Condition = (lambda s: s.envelope is None, AUTH_IN_TRANSACTION)
 
 VERBS: Mapping[bytes, tuple[Effect, tuple[Condition, ...]]] = {
     b"EHLO": (lambda s, name: s._greet(name, esmtp=True), ()),
     b"HELO": (lambda s, name: s._greet(name, esmtp=False), ()),
-    b"AUTH": (Session._auth, (_AUTH_OFFERED, _GREETED, _AUTH_IS_NEW, _AUTH_ALONE)),
+    b"AUTH": (Session._auth, (_AUTH_OFFERED, _GREETED, _NOT_AUTHENTICATED, _AUTH_ALONE)),
     b"MAIL": (Session._mail, (_GREETED, _AUTHENTICATED, _NO_TRANSACTION)),
     b"RCPT": (Session._rcpt, (_GREETED, _AUTHENTICATED, _TRANSACTION)),
     b"DATA": (Session._start_data, (_GREETED, _AUTHENTICATED, _TRANSACTION)),
@@ -996,11 +996,16 @@ VERBS: Mapping[bytes, tuple[Effect, tuple[Condition, ...]]] = {
 # pipe to us as 1 and 2; no other descriptor, no ignored or blocked signal.
 # What its exit status means to the client is in judge().
 
+_SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 _NO_SHELL_SYNTAX = _PLAIN + b" \t"
 _REPARSERS = (b"eval", b"rsh", b"runuser", b"ssh", b"su")
 
 EXIT_NAMES = {status: name for name, status in vars(os).items() if name.startswith("EX_")}
-TEMPORARY = (68, 69, 71, 75)
+TEMPORARY = (os.EX_NOHOST, os.EX_UNAVAILABLE, os.EX_OSERR, os.EX_TEMPFAIL)
+
+
+# How %F reads where it stands bare, in '...' and in "...".
+_REFERENCES = {b"": b'"$MSMTPD_SENDER"', b"'": b"'\"$MSMTPD_SENDER\"'", b'"': b"${MSMTPD_SENDER}"}
 
 
 class StartupError(Exception):
@@ -1023,18 +1028,20 @@ class Command:
         command = os.fsencode(text.rstrip())
         if not command or (command[-1:] in (b";", b"&", b"|") and command[-2:-1] != b"\\"):
             raise StartupError('behind the end of --command the recipients would be a command; write "; :" there')
+        self._words = command.split()
+        self._plain = not command.translate(None, _NO_SHELL_SYNTAX) and b"=" not in self._words[0]
+        self._program = find_program(os.fsdecode(self._words[0])) if self._plain else None
+
         before, found, after = command.partition(b"%F")
         quote, opened = open_quote(before)
         nested = before.count(b"$(") > before.count(b")") or before.count(b"`") % 2
         if found and (b"<<" in before or (nested and b'"' in before)):
             raise StartupError('%F stands in a here-document or a quoted substitution; use "$MSMTPD_SENDER" there')
         self.script = b"%s%s%s" % (before, _REFERENCES[quote] if found else b"", after) + b' "$@"'
-        self._words = command.split() or [b""]
-        quoted = before[opened:] + after.partition(quote)[0] if quote else b""
+
+        quoted = (before[opened:] + after.partition(quote)[0]) if quote else b""
         self.reparses = bool(found) and any(blank in quoted for blank in b" \t\n")
         self.reparses |= any(os.path.basename(word) in _REPARSERS for word in self._words)
-        self._plain = not command.translate(None, _NO_SHELL_SYNTAX) and b"=" not in self._words[0]
-        self._program = find_program(os.fsdecode(self._words[0])) if self._plain else None
 
     def start(self, sender: bytes, recipients: Sequence[bytes], stdin: int, output: int) -> int:
         """Start the command for one mail and return its process id.
@@ -1080,10 +1087,6 @@ class Command:
         return arguments
 
 
-# How %F reads where it stands bare, in '...' and in "...".
-_REFERENCES = {b"": b'"$MSMTPD_SENDER"', b"'": b"'\"$MSMTPD_SENDER\"'", b'"': b"${MSMTPD_SENDER}"}
-
-
 def open_quote(script: bytes) -> tuple[bytes, int]:
     """Return the shell quote that is open at the end of `script`, and where it began."""
     quote, opened, escaped = b"", 0, False
@@ -1119,9 +1122,6 @@ def spawn(
         return os.posix_spawn(program, arguments, environment, setsid=True, **options)
     except NotImplementedError:  # macOS and the BSDs know process groups only
         return os.posix_spawn(program, arguments, environment, setpgroup=0, **options)
-
-
-_SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 
 
 def judge(status: int) -> tuple[bytes, str]:
@@ -1309,7 +1309,7 @@ if TYPE_CHECKING:
 class Loop:
     """Watches descriptors and deadlines on behalf of tasks.
 
-    `now` is the clock's reading at the beginning of the turn, in seconds.
+    `now` is the clock's reading when the wait of this turn was over, in seconds.
     """
 
     def __init__(self, selector: Selector, log: Log, clock: Callable[[], float] = time.monotonic) -> None:
@@ -1318,7 +1318,7 @@ class Loop:
         self._log = log
         self._clock = clock
         self._watched: dict[int, tuple[Watcher, int]] = {}
-        self._restless: dict[Resumable, None] = {}  # in the order of their requests
+        self._resumable: dict[Resumable, None] = {}  # in the order of their requests
         self._timed: set[Timed] = set()
         self._wake_at = NEVER
 
@@ -1339,7 +1339,7 @@ class Loop:
 
     def resume_later(self, task: Resumable) -> None:
         """Call task.resume() in the next turn."""
-        self._restless[task] = None
+        self._resumable[task] = None
 
     def add_timed(self, task: Timed) -> None:
         """Call task.expire() once it is due, until remove_timed()."""
@@ -1356,13 +1356,13 @@ class Loop:
     def turn(self) -> None:
         """Wait for something to do and let everybody have a turn at it."""
         timeout = None
-        if self._restless:
+        if self._resumable:
             timeout = 0.0
         elif self._wake_at != NEVER:
             timeout = max(0.0, self._wake_at - self._clock())
         events = self._selector.select(timeout)
         self.now = self._clock()
-        restless, self._restless = self._restless, {}
+        resumable, self._resumable = self._resumable, {}
         for key, mask in events:
             watcher = self._watched.get(key.fd, (None, 0))[0]
             if watcher is not None:  # one before it may have closed the descriptor
@@ -1370,7 +1370,7 @@ class Loop:
                     watcher.ready(mask)
                 except Exception as error:
                     self._crash(watcher, error)
-        for task in restless:
+        for task in resumable:
             self.guard(task, task.resume)
         if self.now >= self._wake_at:
             self._expire()
@@ -1467,6 +1467,7 @@ class Server:
         return connection
 
     def ended(self, connection: Connection) -> None:
+        """Forget a session, which makes room for another."""
         self.connections.discard(connection)
         self.loop.remove_timed(connection)
         self._admit()
@@ -1514,6 +1515,7 @@ class Server:
         self.resume()
 
     def resume(self) -> None:
+        """Start the commands of the mails that have waited longest."""
         while self.waiting and len(self.running) < MAX_COMMANDS:
             delivery = self.waiting.pop(0)
             self.running.add(delivery)
@@ -1528,6 +1530,7 @@ class Server:
                 pass
 
     def finished(self, delivery: Delivery) -> None:
+        """Forget a delivery, which makes room for the next one."""
         self.running.discard(delivery)
         if self.waiting:
             self.loop.resume_later(self)
@@ -1622,11 +1625,11 @@ class Connection:
         self._writer = writer
         self._sock = sock
         self._client = client
-        # No method of ours: a session must not keep its connection alive in a cycle.
+        # Not a bound method: connection and session would be a cycle, which only the garbage collector frees.
         self._session = Session(server.policy, lambda name, protocol: open_spool(sock, client, name, protocol))
         self._phase = OPEN
         self._actions: list[Action] = []  # not yet performed
-        self._output = bytearray(GREETING)  # not yet written
+        self._replies = bytearray(GREETING)  # not yet written
         self._eof = False
         self._hungry = False  # the session has asked for input
         self._progress = server.loop.now  # when there was some, while OPEN
@@ -1670,7 +1673,7 @@ class Connection:
     def resume(self) -> None:
         """Perform what the session wants until it needs input, must wait, or its turn is over."""
         for _ in range(TURN_STEPS):
-            if self._phase != OPEN or len(self._output) > OUTPUT_BUFFER:
+            if self._phase != OPEN or len(self._replies) > REPLY_BUFFER:
                 break
             if not self._actions:
                 self._actions = self._next_actions()
@@ -1678,11 +1681,11 @@ class Connection:
                 break
             self._perform(self._actions.pop(0))
         self._flush()
-        if self._phase == OPEN and not self._hungry and len(self._output) <= OUTPUT_BUFFER:
+        if self._phase == OPEN and not self._hungry and len(self._replies) <= REPLY_BUFFER:
             self._server.loop.resume_later(self)  # its turn is over, or its output has just been taken
         # Whoever only waits for a delivery stays watched: most clients are silent now, and
         # two system calls a mail are saved.  ready() takes out one that is not.
-        if self._phase != DELIVERING or self._output:
+        if self._phase != DELIVERING or self._replies:
             self._watch()
 
     def _next_actions(self) -> list[Action]:
@@ -1700,7 +1703,7 @@ class Connection:
 
     def _perform(self, action: Action) -> None:
         if isinstance(action, bytes):
-            self._output += action
+            self._replies += action
         elif isinstance(action, Deliver):
             self._phase = DELIVERING
             self._server.submit(self, action)
@@ -1708,13 +1711,13 @@ class Connection:
             delay = self._server.throttle.delay(self._server.loop.now, action.failed)
             if delay:
                 self._phase = PAUSED
-                self._wait(delay)
+                self._set_deadline(delay)
         elif isinstance(action, Note):
             self.log(action.level, action.text)
         else:
             self._close(action.orderly)
 
-    def _wait(self, delay: float) -> None:
+    def _set_deadline(self, delay: float) -> None:
         self._deadline = self._server.loop.now + delay
         self._server.loop.schedule(self._deadline)
 
@@ -1730,15 +1733,15 @@ class Connection:
     # Output
 
     def _flush(self) -> None:
-        while self._output:
+        while self._replies:
             try:
-                written = os.write(self._writer, self._output)
+                written = os.write(self._writer, self._replies)
             except BlockingIOError:
                 return
             except OSError:
                 self._abandon()
                 return
-            del self._output[:written]
+            del self._replies[:written]
         if self._phase == CLOSING:
             self._shut_down()
 
@@ -1746,9 +1749,9 @@ class Connection:
         """Tell the loop what we wait for."""
         if self._phase == CLOSED:
             return
-        wanted = self._phase == OPEN and self._hungry and not self._eof and len(self._output) <= OUTPUT_BUFFER
+        wanted = self._phase == OPEN and self._hungry and not self._eof and len(self._replies) <= REPLY_BUFFER
         reading = READ * (wanted or self._phase == DRAINING)
-        writing = WRITE * bool(self._output)
+        writing = WRITE * bool(self._replies)
         if self._reader == self._writer:
             self._server.loop.watch(self._reader, reading | writing, self)
         else:
@@ -1793,7 +1796,7 @@ class Connection:
                 raise
 
     def _say_goodbye(self, reply: Reply) -> None:
-        self._output += reply
+        self._replies += reply
         self._close(orderly=False)
         self._flush()
         self._watch()
@@ -1802,7 +1805,7 @@ class Connection:
         self.orderly = orderly
         self._session.close()
         self._phase = CLOSING
-        self._wait(LINGER_TIMEOUT)
+        self._set_deadline(LINGER_TIMEOUT)
 
     def _shut_down(self) -> None:
         """End our direction, and wait for the client's end unless it has said QUIT.
@@ -1831,7 +1834,7 @@ class Connection:
         self._phase = CLOSED
         if self._session.last_refusal:
             self.log("warning", "ended without a mail, last refusal: " + printable(self._session.last_refusal[:-2]))
-        self._output.clear()
+        self._replies.clear()
         self._session.close()
         self._server.loop.watch(self._reader, 0, self)
         self._server.loop.watch(self._writer, 0, self)
@@ -2128,10 +2131,9 @@ def serve_inetd(server: Server) -> int:
         connection = server.begin(0, 1, sock, client)
         server.run()
     finally:
-        # They may be somebody else's terminal or file too.
-        for descriptor in (0, 1):
-            if descriptor or sock is None:
-                os.set_blocking(descriptor, blocking[descriptor])
+        # They may be somebody else's terminal or file too.  A socket on 0 is closed by now.
+        for descriptor in (0, 1) if sock is None else (1,):
+            os.set_blocking(descriptor, blocking[descriptor])
     return 0 if connection.orderly else 1
 
 
@@ -2389,7 +2391,7 @@ def complain(text: str) -> None:
 
 
 def protect_descriptors(inetd: bool) -> bool:
-    """Give every descriptor its place; return whether standard error can be written to.
+    """Settle who sees which descriptor; return whether standard error is ours to write to.
 
     0 to 2 shall be open, so that no file of ours becomes one of them.  Others
     that we have inherited are none of the command's business.  In inetd mode 2
@@ -2562,7 +2564,7 @@ def main() -> int:
         return serve_inetd(server) if options.inetd else serve_daemon(server, options)
     except StartupError as error:
         reason = str(error)
-    except OSError as error:  # too few descriptors, processes or memory
+    except (OSError, ImportError) as error:  # too few descriptors, processes or memory
         reason = f"cannot go on: {error}"
     except KeyboardInterrupt:  # while a password was waited for; later it is an event
         return EXIT_STARTUP

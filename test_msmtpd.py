@@ -402,6 +402,17 @@ def test_a_mail_that_has_passed_too_often_is_a_loop() -> None:
     assert msmtpd.MAX_HOPS < msmtpd.MAX_COMMANDS
 
 
+@pytest.mark.parametrize("eol", [b"\r\n", b"\n"])
+def test_a_loop_is_seen_in_the_header_alone_however_it_is_cut(eol: bytes) -> None:
+    fields = msmtpd.received_field(b"x", "::1", "::1", "ESMTP", 0).replace(b"\n", eol) * (msmtpd.MAX_HOPS + 1)
+    mails = {b"A: b" + eol + fields + eol: msmtpd.MAIL_LOOP, b"A: b" + eol + eol + fields: None, eol + fields: None}
+    for mail, failure in mails.items():
+        for cut in range(len(mail)):
+            data = msmtpd.MailData(msmtpd.Spool(), 10**6, eol == b"\r\n")
+            assert data.feed(mail[:cut]) == -1 and data.feed(mail[cut:] + b"." + eol) == 0
+            assert data.failure == failure
+
+
 def test_a_spool_stays_in_memory_while_it_is_small_and_is_then_an_unlinked_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -414,6 +425,24 @@ def test_a_spool_stays_in_memory_while_it_is_small_and_is_then_an_unlinked_file(
         assert (spool._file >= 0) == (size > msmtpd.SPOOL_MEMORY)
         assert list(tmp_path.iterdir()) == []
         assert spooled(spool) == content
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_file_has_no_name_from_the_start_where_the_system_knows_how(
+    known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not known:
+        monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY)  # EISDIR, as where O_TMPFILE is not known
+    unlink, unlinked = os.unlink, []
+
+    def unlink_and_tell(path: str) -> None:
+        unlinked.append(path)
+        unlink(path)
+
+    monkeypatch.setattr(os, "unlink", unlink_and_tell)
+    with os.fdopen(msmtpd.unlinked_file(str(tmp_path)), "wb") as file:
+        file.write(b"x")
+    assert len(unlinked) == (not known) and list(tmp_path.iterdir()) == []
 
 
 def test_a_spool_finds_a_way_where_pipes_are_small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -656,6 +685,7 @@ def test_scram_against_a_client_of_our_own(user: str, password: str, gs2: str, r
     peer.feed(b"EHLO x\r\nAUTH SCRAM-SHA-256 %s\r\n" % base64.b64encode(client.first()))
     server_first = base64.b64decode(peer.events[-1][7:])
     peer.feed(base64.b64encode(client.final(server_first)) + b"\r\n")
+    assert peer.pauses == [not right]  # before anything tells the client whether it is right
     if right:
         assert base64.b64decode(peer.events[-1][7:]).startswith(b"v=")
         peer.feed(b"\r\n")
@@ -1531,6 +1561,8 @@ PARSED = [
     (["--inetd"], {"inetd": True}),
     (["--log=/x", "--log=syslog"], {"log": "syslog"}),
     (["--auth=joe,pass show x,y"], {"auth": "joe,pass show x,y"}),
+    (["--auth=joe,echo a,"], {"auth": "joe,echo a,"}),
+    (["--auth=joe user,echo x"], {"auth": "joe user,echo x"}),
     (["--command", "--version"], {"command": "--version"}),
     (["--max-size=1"], {"max_size": 1}),
     (["--port=1", "--"], {"port": 1}),
@@ -1730,11 +1762,28 @@ def test_a_mail_arrives_with_its_envelope_and_a_received_field(start: Callable[.
 
 def test_the_command_inherits_only_descriptors_0_to_2(start: Callable[..., Daemon], tmp_path: Path) -> None:
     leak = os.open(os.devnull, os.O_RDONLY)
-    os.set_inheritable(leak, True)
-    daemon = start(f"--command=ls /proc/self/fd > {tmp_path}/fds; :", pass_fds=(leak,))
+    os.dup2(leak, 300)
+    daemon = start(f"--command=ls /proc/self/fd > {tmp_path}/fds; :", pass_fds=(leak, 300))
     os.close(leak)
+    os.close(300)
     assert codes(daemon.talk(MAIL))[-1] == 250
     assert (tmp_path / "fds").read_text().split() == ["0", "1", "2", "3"]  # 3 is its own, of the directory
+
+
+@pytest.mark.parametrize("log", ["none", "stderr"])
+def test_a_process_that_the_command_leaves_behind_may_print(
+    log: str, start: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    """Else it would die of SIGPIPE, with a mail that has been acknowledged."""
+    os.mkfifo(tmp_path / "go")
+    behind = "head -c 200000 /dev/zero; echo late >&2; cat go > /dev/null; mv mail sent"
+    daemon = start(f"--log={log}", f"--command=cd {tmp_path}; cat > mail; ({behind}) & :")
+    before = daemon.descriptors()
+    assert codes(daemon.talk(MAIL))[-1] == 250 and not (tmp_path / "sent").exists()
+    (tmp_path / "go").write_text("x")
+    wait_until((tmp_path / "sent").exists)
+    wait_until(lambda: daemon.descriptors() <= before)
+    assert daemon.log().endswith("late\n") == (log == "none")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
@@ -1950,6 +1999,8 @@ STARTUP_ERRORS = [  # options, what the one line says
     (["--auth=joe echo x"], "--auth needs a comma between user name and command"),
     (["--interface=127.1"], "--interface needs an IPv4 or IPv6 address such as 127.0.0.1 or ::1, not '127.1'"),
     (["--interface=*"], "--interface needs an IPv4 or IPv6 address"),
+    (["--interface=\udcff"], "--interface needs an IPv4 or IPv6 address"),
+    (["--auth=joe,exit 1\n"], "with exit status 1: 'exit 1\\n'"),
     (["--inetd", "--auth=joe"], ", and no terminal to ask for a password"),
     (["--port=2599", "--command=cat 'x"], "--command is no valid shell command: "),
     (["--port=2599", "--command= "], "behind the end of --command the recipients would be a command"),
@@ -2022,6 +2073,23 @@ def test_listening_beyond_loopback_is_warned_of(tmp_path: Path) -> None:
             warning = process.stderr.readline().decode()
             process.terminate()
         assert warning.startswith(f"msmtpd: warning: listening on 0.0.0.0 port {port}") and danger in warning
+
+
+def test_a_mapped_loopback_address_is_no_danger(start: Callable[..., Daemon]) -> None:
+    assert "warning" not in start(host="::ffff:127.0.0.1").log()
+
+
+@pytest.mark.parametrize("limit", range(4, 8))
+def test_too_few_descriptors_to_start_are_one_line(limit: int) -> None:
+    result = subprocess.run(
+        ["sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh", "/usr/bin/python3", "-I", "-S", PROGRAM, "--port=2599"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert result.returncode == 3 and result.stderr.count("\n") == 1 and "msmtpd: cannot go on: " in result.stderr
 
 
 def test_it_runs_under_any_name_read_only_and_without_a_trace(tmp_path: Path) -> None:
@@ -2505,7 +2573,7 @@ def test_a_client_that_takes_no_replies_is_not_read_from_and_let_go(world: World
         taken += client.pump(commands)
         world.turn()
     connection = next(iter(world.server.connections))
-    assert len(connection._output) <= msmtpd.OUTPUT_BUFFER + 1024
+    assert len(connection._replies) <= msmtpd.REPLY_BUFFER + 1024
     assert len(connection._session._input) <= 2 * msmtpd.RECEIVE_SIZE
     world.turn(50)
     assert client.pump(commands) == 0 and taken < 4_000_000
@@ -2545,7 +2613,7 @@ def test_a_client_that_reads_late_gets_every_reply(world: World) -> None:
     assert client.pump(b"HELP\r\n" * 10_000) == 60_000
     world.turn(500)
     (connection,) = world.server.connections
-    assert len(connection._output) > msmtpd.OUTPUT_BUFFER
+    assert len(connection._replies) > msmtpd.REPLY_BUFFER
     for _ in range(2000):
         heard += client.read().count(b"\n")
         world.turn(1)
@@ -2934,6 +3002,16 @@ def test_a_stop_ends_idle_sessions_and_accepts_nothing_more(world: World) -> Non
     for client in world.clients:
         client.sock.close()
     world.server.run()
+
+
+def test_a_stop_does_not_wait_for_a_client_that_takes_no_replies(world: World) -> None:
+    client = world.call()
+    for _ in range(200):
+        client.pump(b"HELP\r\n" * 20000)
+        world.turn()
+    world.server.stop()
+    world.wait(msmtpd.LINGER_TIMEOUT)
+    assert not world.server.connections
 
 
 # What has been said before the stop, and what is said after it with its replies.
@@ -4970,6 +5048,7 @@ LIMITS = [  # in the order of the manual page, with words of its text
     (msmtpd.MAX_SESSIONS, "sessions at once"),
     (msmtpd.BACKLOG, "clients that wait"),
     (msmtpd.MAX_COMMANDS, "commands running at once"),
+    (msmtpd.MAX_LEFTOVERS, "processes that commands have left behind"),
     (msmtpd.MAX_MAIL_SIZE, "octets in a mail"),
     (msmtpd.MAX_RECIPIENTS, "recipients"),
     (msmtpd.MAX_HOPS, "times that a mail"),
@@ -4979,7 +5058,8 @@ LIMITS = [  # in the order of the manual page, with words of its text
     (msmtpd.MAX_ERRORS, "negative replies"),
     (msmtpd.MAX_AUTH_FAILURES, "failed authentications before"),
     (msmtpd.IDLE_TIMEOUT, "seconds without progress before"),
-    (msmtpd.CROWDED_TIMEOUT, "while all sessions are taken"),
+    (msmtpd.CROWDED_TIMEOUT, "while clients have to wait"),
+    (msmtpd.CROWDED_TIMEOUT, "once they need not any more"),
     (msmtpd.DATA_SECONDS_PER_OCTET * 1024, "seconds that a KiB"),
     (msmtpd.COMMAND_TIMEOUT, "seconds that a command may run"),
     (msmtpd.KILL_DELAY, "SIGTERM to its SIGKILL"),
