@@ -1407,9 +1407,10 @@ class Loop:
 
 # ---- Server ----------------------------------------------------------------
 #
-# Connection performs the actions of a Session on descriptors, Delivery runs
-# the command for a mail, Listener accepts, Signals turns signals into events.
-# They share one Server, which admits, counts and stops.
+# Server admits clients by its Listeners, counts sessions and stops; Connection
+# performs the actions of a Session on descriptors.  Queue lets mails wait for
+# their turn; Delivery runs the command for one, Leftover reads what is printed
+# after that.  Signals turns signals into events.
 #
 # Back-pressure is one rule: while a delivery or a pause is pending, or the
 # client does not take its replies, nothing is read from it.
@@ -1419,20 +1420,16 @@ class Loop:
 
 
 class Server:
-    """What the parts of one process share, and its life from start to stop."""
+    """What the sessions of one process share: who is admitted, for how long, and the end of it all."""
 
     def __init__(self, loop: Loop, log: Log, policy: Policy, command: Command, throttle: Throttle) -> None:
         self.loop = loop
         self.log = log
         self.policy = policy
-        self.command = command
         self.throttle = throttle
+        self.queue = Queue(loop, log, command)
         self.connections: set[Connection] = set()
-        self.running: set[Delivery] = set()
-        self.waiting: list[Delivery] = []
-        self.leftovers: list[Leftover] = []
         self.stopping = False
-        self.mirror_output = False  # the command's output also goes to our standard error
         self.max_sessions = MAX_SESSIONS
         self._listeners: list[Listener] = []
         self._sessions = 0  # begun so far
@@ -1507,50 +1504,11 @@ class Server:
         self.loop.schedule(self._rest_until)
         self._admit()
 
-    # Deliveries
-
-    def submit(self, connection: Connection, mail: Deliver) -> None:
-        """Run the command for a mail as soon as fewer than MAX_COMMANDS are running."""
-        self.waiting.append(Delivery(self, connection, mail))
-        self.resume()
-
-    def resume(self) -> None:
-        """Start the commands of the mails that have waited longest."""
-        while self.waiting and len(self.running) < MAX_COMMANDS:
-            delivery = self.waiting.pop(0)
-            self.running.add(delivery)
-            self.loop.guard(delivery, delivery.start)
-
-    def mirror(self, output: bytes) -> None:
-        """Pass on what a command prints, where nobody would see it else."""
-        if self.mirror_output:
-            try:
-                write_now(2, output)
-            except OSError:
-                pass
-
-    def finished(self, delivery: Delivery) -> None:
-        """Forget a delivery, which makes room for the next one."""
-        self.running.discard(delivery)
-        if self.waiting:
-            self.loop.resume_later(self)
-
-    def adopt(self, output: int) -> None:
-        """Go on reading from a pipe after its command has exited."""
-        self.leftovers.append(Leftover(self, output))
-        if len(self.leftovers) > MAX_LEFTOVERS:
-            self.leftovers[0].close()
-
-    def reap(self) -> None:
-        """Look which commands have exited."""
-        for delivery in list(self.running):
-            self.loop.guard(delivery, delivery.reap)
-
     # Start and stop
 
     def run(self) -> None:
         """Serve until there is nothing left: no listener, no session, no command."""
-        while self._listeners or self.connections or self.running or self.waiting:
+        while self._listeners or self.connections or self.queue.busy:
             self.loop.turn()
 
     def stop(self) -> None:
@@ -1562,14 +1520,15 @@ class Server:
         self._stop_at = self.loop.now + STOP_TIMEOUT
         self.loop.schedule(self._stop_at)
         self._notify("STOPPING=1")
-        self.log.write("info", f"stopping, {len(self.connections)} sessions and {len(self.running)} commands to finish")
+        sessions, commands = len(self.connections), len(self.queue.running)
+        self.log.write("info", f"stopping, {sessions} sessions and {commands} commands to finish")
         for listener in self._listeners:
             listener.close()
         self._listeners = []
         for connection in list(self.connections):
             self.loop.guard(connection, connection.stop)
 
-    # As a task of the loop, beside resume() above: what ends by time
+    # As a task of the loop: what ends by time
 
     def due(self) -> float:
         return min(self._stop_at, self._rest_until, self._crowded_until)
@@ -1706,7 +1665,7 @@ class Connection:
             self._replies += action
         elif isinstance(action, Deliver):
             self._phase = DELIVERING
-            self._server.submit(self, action)
+            self._server.queue.submit(self, action)
         elif isinstance(action, Pause):
             delay = self._server.throttle.delay(self._server.loop.now, action.failed)
             if delay:
@@ -1843,14 +1802,69 @@ class Connection:
         self._server.ended(self)
 
 
+class Queue:
+    """The mails whose commands run or wait for their turn, and what commands have left behind."""
+
+    def __init__(self, loop: Loop, log: Log, command: Command) -> None:
+        self.loop = loop
+        self.log = log
+        self.command = command
+        self.running: set[Delivery] = set()
+        self.leftovers: list[Leftover] = []
+        self.mirror_output = False  # the command's output also goes to our standard error
+        self._waiting: list[Delivery] = []
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.running or self._waiting)
+
+    def submit(self, connection: Connection, mail: Deliver) -> None:
+        """Run the command for a mail as soon as fewer than MAX_COMMANDS are running."""
+        self._waiting.append(Delivery(self, connection, mail))
+        self.resume()
+
+    def resume(self) -> None:
+        while self._waiting and len(self.running) < MAX_COMMANDS:
+            delivery = self._waiting.pop(0)
+            self.running.add(delivery)
+            self.loop.guard(delivery, delivery.start)
+
+    def reap(self) -> None:
+        """Look which commands have exited."""
+        for delivery in list(self.running):
+            self.loop.guard(delivery, delivery.reap)
+
+    def finished(self, delivery: Delivery) -> None:
+        """Forget a delivery, which makes room for the next one."""
+        self.running.discard(delivery)
+        if self._waiting:
+            self.loop.resume_later(self)
+
+    def adopt(self, output: int) -> None:
+        """Go on reading from a pipe after its command has exited."""
+        self.leftovers.append(Leftover(self, output))
+        if len(self.leftovers) > MAX_LEFTOVERS:
+            self.leftovers[0].close()
+
+    def mirror(self, output: bytes) -> None:
+        """Pass on what a command prints, where nobody would see it else."""
+        if self.mirror_output:
+            try:
+                write_now(2, output)
+            except OSError:
+                pass
+
+    def crash(self) -> None: ...
+
+
 class Delivery:
     """Runs the command for one mail: from its place in the queue to the reply."""
 
-    def __init__(self, server: Server, connection: Connection, mail: Deliver) -> None:
-        self._server = server
+    def __init__(self, queue: Queue, connection: Connection, mail: Deliver) -> None:
+        self._queue = queue
         self._connection = connection
         self._mail = mail
-        self._received = server.loop.now
+        self._received = queue.loop.now
         self._pid = 0  # while it runs
         self._output = self._output_end = -1  # both ends of the pipe for the command's output, while it runs
         self._tail = b""  # of that output
@@ -1861,7 +1875,7 @@ class Delivery:
     # The process
 
     def start(self) -> None:
-        loop = self._server.loop
+        loop = self._queue.loop
         try:
             self._spawn()
         except OSError as error:
@@ -1881,7 +1895,7 @@ class Delivery:
             # We keep the other end too, or its EOF would wake us just before SIGCHLD does.
             self._output, self._output_end = os.pipe()
             os.set_blocking(self._output, False)
-            self._pid = self._server.command.start(envelope.sender, envelope.recipients, stdin, self._output_end)
+            self._pid = self._queue.command.start(envelope.sender, envelope.recipients, stdin, self._output_end)
         finally:
             os.close(stdin)
 
@@ -1898,20 +1912,20 @@ class Delivery:
         except BlockingIOError:
             return True
         self._tail = (self._tail + data)[-OUTPUT_TAIL:]
-        self._server.mirror(data)
+        self._queue.mirror(data)
         return bool(data)
 
     def _end_output(self) -> None:
         """Take what is in the pipe, and leave it to a Leftover if another process can print into it."""
         output, self._output = self._output, -1
-        self._server.loop.watch(output, 0, self)
+        self._queue.loop.watch(output, 0, self)
         os.close(self._output_end)
         more = False
         try:
             more = self._read_output(output)
         finally:
             if more:
-                self._server.adopt(output)
+                self._queue.adopt(output)
             else:
                 os.close(output)
 
@@ -1922,7 +1936,7 @@ class Delivery:
         """End a command that takes too long, with all that it has started."""
         self._kill(signal.SIGKILL if self._timed_out else signal.SIGTERM)
         self._timed_out = True
-        self._deadline = self._server.loop.now + KILL_DELAY
+        self._deadline = self._queue.loop.now + KILL_DELAY
 
     def _kill(self, number: int) -> None:
         try:
@@ -1955,7 +1969,7 @@ class Delivery:
             reply = DELIVERED
         else:
             reply = failure_reply(code, text, self._tail, self._mail.envelope.utf8)
-        if not self._server.log.silent:
+        if not self._queue.log.silent:
             self._log(reply, text)
         self._release()
         self._connection.delivered(reply)
@@ -1967,7 +1981,7 @@ class Delivery:
         self._connection.log(
             "error" if failed else "info",
             f"mail from=<{printable(envelope.sender)}> to={recipients} count={len(envelope.recipients)}"
-            f" size={self._mail.size} reply={reply[:3].decode()} seconds={self._server.loop.now - self._received:.3f}"
+            f" size={self._mail.size} reply={reply[:3].decode()} seconds={self._queue.loop.now - self._received:.3f}"
             f" result={text}",
         )
         if failed:
@@ -1977,8 +1991,8 @@ class Delivery:
     def _release(self) -> None:
         if self._output >= 0:  # it could not be started
             self._end_output()
-        self._server.loop.remove_timed(self)
-        self._server.finished(self)
+        self._queue.loop.remove_timed(self)
+        self._queue.finished(self)
 
     def crash(self) -> None:
         """Tell the client, and leave no process behind whose outcome nobody would tell."""
@@ -1997,23 +2011,23 @@ class Leftover:
     perhaps that has been acknowledged.
     """
 
-    def __init__(self, server: Server, output: int) -> None:
-        self._server = server
+    def __init__(self, queue: Queue, output: int) -> None:
+        self._queue = queue
         self._output = output
-        server.loop.watch(output, READ, self)
+        queue.loop.watch(output, READ, self)
 
     def ready(self, events: int) -> None:
         try:
             data = os.read(self._output, RECEIVE_SIZE)
         except BlockingIOError:
             return
-        self._server.mirror(data)
+        self._queue.mirror(data)
         if not data:
             self.close()
 
     def close(self) -> None:
-        self._server.leftovers.remove(self)
-        self._server.loop.watch(self._output, 0, self)
+        self._queue.leftovers.remove(self)
+        self._queue.loop.watch(self._output, 0, self)
         os.close(self._output)
 
     def crash(self) -> None:
@@ -2069,7 +2083,7 @@ class Signals:
             numbers = os.read(self._reader, 4096)
         except BlockingIOError:
             return
-        self._server.reap()
+        self._server.queue.reap()
         if signal.SIGHUP in numbers:
             self._server.log.reopen()
         for number in numbers:
@@ -2514,12 +2528,12 @@ def serve_daemon(server: Server, options: Options) -> int:
     user = f"authentication as {options.auth.partition(',')[0]}" if options.auth else "no authentication"
     command = printable(os.fsencode(options.command))
     server.log.write("info", f"msmtpd {__version__} on {where}, {user}, command: {command}")
-    for warning in (exposure(sockets, options), server.command.check()):
+    for warning in (exposure(sockets, options), server.queue.command.check()):
         if warning:
             server.log.write("warning", warning)
             if options.log != "stderr":
                 complain("warning: " + warning)
-    server.mirror_output = server.log.silent
+    server.queue.mirror_output = server.log.silent
     server.max_sessions = affordable_sessions()
     server.listen(sockets, notify_systemd)
     server.run()

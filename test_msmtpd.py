@@ -2309,7 +2309,7 @@ class World:
         """Wait until processes have exited, and have that noticed as SIGCHLD would."""
         for pid in pids:
             os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-        self.server.reap()
+        self.server.queue.reap()
         self.turn()
 
     def end(self, mail: int, status: int = 0) -> None:
@@ -2321,12 +2321,12 @@ class World:
         """Leave no process and no descriptor behind."""
         for client in self.clients:
             client.sock.close()
-        for pid in {*self.held.pids, *(delivery._pid for delivery in self.server.running)} - {0}:
+        for pid in {*self.held.pids, *(delivery._pid for delivery in self.server.queue.running)} - {0}:
             with contextlib.suppress(OSError):
                 os.killpg(pid, signal.SIGKILL)
         deadline = time.monotonic() + 5
-        while (self.server.running or self.server.connections) and time.monotonic() < deadline:
-            self.server.reap()
+        while (self.server.queue.running or self.server.connections) and time.monotonic() < deadline:
+            self.server.queue.reap()
             self.wait(400)
         self.held.close()
         for listener in self.server._listeners:
@@ -2684,7 +2684,7 @@ def test_sixteen_commands_run_at_once_and_further_mails_wait_in_order(world: Wor
     for number, client in enumerate(clients):
         client.say(HELO + mail_to(f"r{number}@x"))
         client.hear()
-    assert len(world.server.running) == len(world.held.pids) == msmtpd.MAX_COMMANDS == 16
+    assert len(world.server.queue.running) == len(world.held.pids) == msmtpd.MAX_COMMANDS == 16
     for mail in (5, 0, 15, 7):
         world.end(mail)
         assert clients[mail].hear() == [250]
@@ -2724,10 +2724,10 @@ def test_a_command_that_takes_too_long_is_ended_with_all_it_has_started(make_wor
     world = make_world(command="sleep 1000 & sleep 1000; :")
     client = world.call()
     assert client.say(HELO + mail_to("c@d")) == IN_DATA
-    (delivery,) = world.server.running
+    (delivery,) = world.server.queue.running
     pid = delivery._pid
     world.wait(599)
-    world.server.reap()
+    world.server.queue.reap()
     assert client.hear() == []
     world.wait(1.1)
     world.reap(pid)
@@ -2739,7 +2739,7 @@ def test_a_command_that_ignores_sigterm_is_killed_ten_seconds_later(make_world: 
     world = make_world(command=STUBBORN)
     client = world.call()
     client.say(HELO + mail_to("c@d"))
-    (delivery,) = world.server.running
+    (delivery,) = world.server.queue.running
     pid = delivery._pid
 
     def stubborn() -> bool:
@@ -2749,11 +2749,11 @@ def test_a_command_that_ignores_sigterm_is_killed_ten_seconds_later(make_world: 
     wait_until(stubborn)
     world.wait(600.1)
     world.wait(9.8)
-    world.server.reap()
-    assert world.server.running and client.hear() == []
+    world.server.queue.reap()
+    assert world.server.queue.running and client.hear() == []
     world.wait(0.2)
     world.reap(pid)
-    assert client.hear() == [451] and not world.server.running
+    assert client.hear() == [451] and not world.server.queue.running
     wait_until(lambda: not group_members(pid))
 
 
@@ -2761,10 +2761,10 @@ def test_a_stopped_command_is_ended_by_its_time_limit_as_well(make_world: Callab
     world = make_world(command="kill -STOP $$; :")
     client, other = world.call(), world.call()
     client.say(HELO + mail_to("c@d"))
-    (delivery,) = world.server.running
+    (delivery,) = world.server.queue.running
     pid = delivery._pid
     os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
-    world.server.reap()
+    world.server.queue.reap()
     assert other.say(HELO) == [220, 250] and client.hear() == []
     world.wait(600.1)
     world.wait(10.1)
@@ -2776,11 +2776,11 @@ def test_what_a_command_leaves_running_delays_nothing(make_world: Callable[..., 
     world = make_world(command="echo started; sleep 1000 & exit 75; :")
     client = world.call()
     client.say(HELO + mail_to("c@d"))
-    (delivery,) = world.server.running
+    (delivery,) = world.server.queue.running
     pid = delivery._pid
     world.reap(pid)
     reply = client.read()
-    assert codes(reply) == [451] and b"started" in reply and not world.server.running
+    assert codes(reply) == [451] and b"started" in reply and not world.server.queue.running
     os.killpg(pid, signal.SIGKILL)
     assert not zombies([pid])
 
@@ -2797,7 +2797,7 @@ def test_a_command_that_cannot_be_started_is_tried_again_later(
         world.turn()
         reply = client.read()
         assert codes(reply) == [*IN_DATA, 451] and os.strerror(number).encode() in reply
-        assert descriptors() == before and not world.server.running
+        assert descriptors() == before and not world.server.queue.running
         assert world.logged("reply=451") == 1 and world.logged("unexpected") == 0
     client.say(mail_to("c@d"))
     world.end(0)
@@ -2934,7 +2934,7 @@ def test_an_exception_in_a_delivery_costs_this_client_only(
     world.end(len(world.held.pids) - 1)
     assert other.hear()[-1] == 250
     world.reap()
-    assert not world.server.running and descriptors() <= before + len(world.held.pids)
+    assert not world.server.queue.running and descriptors() <= before + len(world.held.pids)
     assert not zombies(world.held.pids)
 
 
@@ -3058,7 +3058,7 @@ def test_a_stop_waits_for_deliveries_that_run_and_for_those_that_wait(
     world.server.stop()
     world.wait(300)  # far beyond the grace for open transactions
     for mail in range(3):
-        assert len(world.server.running) == 1
+        assert len(world.server.queue.running) == 1
         world.end(mail)
     assert [client.hear()[-2:] for client in clients[:2]] == [[250, 421]] * 2
     for client in clients:
