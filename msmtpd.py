@@ -275,14 +275,17 @@ class Spool:
         self._file = -1  # its descriptor, once there is one
 
     def write(self, data: bytes) -> None:
-        self._memory += data
-        if len(self._memory) > SPOOL_MEMORY or self._file >= 0:
-            self._to_file()
+        if self._file < 0 and len(self._memory) + len(data) <= SPOOL_MEMORY:
+            self._memory += data
+        else:
+            self._write_file(data)
 
-    def _to_file(self) -> None:
+    def _write_file(self, data: bytes | bytearray) -> None:
         if self._file < 0:
             self._file = unlinked_file(os.environ.get("TMPDIR") or "/tmp")
-        view, self._memory = memoryview(self._memory), bytearray()
+            memory, self._memory = self._memory, bytearray()
+            self._write_file(memory)
+        view = memoryview(data)
         while view:
             view = view[os.write(self._file, view) :]
 
@@ -299,7 +302,7 @@ class Spool:
             if whole:
                 return reader
             os.close(reader)  # a pipe may be as small as a page where many are open
-            self._to_file()
+            self._write_file(b"")
         os.lseek(self._file, 0, os.SEEK_SET)
         return os.dup(self._file)
 
@@ -347,7 +350,7 @@ class MailData:
         self._eol = b"\r\n" if crlf else b"\n"
         # A dot may be the very first octet: the data begin as if behind a line end.
         self._held = self._eol
-        self._unsent = len(self._eol)
+        self._first = True
 
     def feed(self, data: bytes) -> int:
         """Decode `data`; return how many octets follow the end, -1 without an end."""
@@ -358,9 +361,11 @@ class MailData:
             found = data.find(mark, start)
             after = found + len(mark)
             next_two = data[after : after + 2]
-            if found < 0 or next_two in (b"", b"\r"):
-                end = max(start, len(data) - 4)  # four octets may begin CRLF.CRLF
-                end -= data.endswith(b"\r", start, end)  # and no CRLF is torn apart
+            if found < 0:
+                end = len(data) - self._unsure(data, start)
+                break
+            if next_two in (b"", b"\r"):
+                end = found - data.endswith(b"\r", start, found)
                 break
             if next_two.startswith((b"\r\n", self._eol)):
                 end = after - 1
@@ -373,8 +378,17 @@ class MailData:
         self._put(b"".join(pieces))
         return left
 
+    def _unsure(self, data: bytes, start: int) -> int:
+        """Count the last octets that the next piece may turn into a mark or a CRLF."""
+        for tail in (b"\r\n", self._eol, b"\r"):
+            if data.endswith(tail, start):
+                return len(tail)
+        return 0
+
     def _put(self, data: bytes) -> None:
-        data, self._unsent = data[self._unsent :], max(0, self._unsent - len(data))
+        if self._first and data:
+            data = data[len(self._eol) :]  # which was not sent
+            self._first = False
         self.size += len(data)
         if self.failure is not None:
             return
