@@ -1017,7 +1017,6 @@ _REPARSERS = (b"eval", b"rsh", b"runuser", b"ssh", b"su")
 EXIT_NAMES = {status: name for name, status in vars(os).items() if name.startswith("EX_")}
 TEMPORARY = (os.EX_NOHOST, os.EX_UNAVAILABLE, os.EX_OSERR, os.EX_TEMPFAIL)
 
-
 # How %F reads where it stands bare, in '...' and in "...".
 _REFERENCES = {b"": b'"$MSMTPD_SENDER"', b"'": b"'\"$MSMTPD_SENDER\"'", b'"': b"${MSMTPD_SENDER}"}
 
