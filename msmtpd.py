@@ -1585,6 +1585,9 @@ def open_spool(sock: _socket.socket | None, client: str, name: bytes, protocol: 
     return spool
 
 
+_MSG_MORE = getattr(_socket, "MSG_MORE", 0)  # Linux has it
+
+
 class Connection:
     """Performs the actions of a Session on two descriptors, which may be one socket."""
 
@@ -1707,7 +1710,7 @@ class Connection:
     def _flush(self) -> None:
         while self._replies:
             try:
-                written = os.write(self._writer, self._replies)
+                written = self._write()
             except BlockingIOError:
                 return
             except OSError:
@@ -1716,6 +1719,12 @@ class Connection:
             del self._replies[:written]
         if self._phase == CLOSING:
             self._shut_down()
+
+    def _write(self) -> int:
+        if self._phase == CLOSING and self.orderly and self._sock is not None:
+            # We close at once: the reply to QUIT and the end go out together, and the client wakes but once.
+            return self._sock.send(self._replies, _MSG_MORE)
+        return os.write(self._writer, self._replies)
 
     def _watch(self) -> None:
         """Tell the loop what we wait for."""
