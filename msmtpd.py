@@ -316,8 +316,8 @@ class Spool:
 def unlinked_file(directory: str) -> int:
     """Return a descriptor of a new file without a name.
 
-    Not by tempfile, which takes 13 ms to import, and a descriptor that there
-    may be none of when the first big mail comes.
+    Not by tempfile, which takes 13 ms to import, and needs a descriptor for
+    that just when the first big mail comes.
     """
     try:
         return os.open(directory, os.O_RDWR | os.O_TMPFILE, 0o600)
