@@ -608,6 +608,12 @@ def test_an_overlong_response_ends_the_exchange() -> None:
     assert peer.events[-1] == "S: 501 5.5.2 Authentication exchange is malformed"
 
 
+def test_blanks_behind_a_response_are_tolerated() -> None:
+    peer = Peer(AUTH_POLICY)
+    peer.feed(b"EHLO x\r\nAUTH LOGIN \r\nam9l \t\r\nc2VjcmV0 \r\n")
+    assert peer.events[-1] == "S: 235 2.7.0 Authentication succeeded"
+
+
 def test_a_password_may_be_utf8_and_long() -> None:
     password = "pässwörd ∂ ".encode() * 400
     policy = msmtpd.Policy(credentials=msmtpd.Credentials("jörg", password))
@@ -917,6 +923,16 @@ DIALOGUES = {
         S: 250 2.1.0 Ok
         C: RCPT TO:<å@x>
         S: 553 5.6.7 Address needs SMTPUTF8
+        """,
+    "blanks": """
+        C|HELO\\tx \\t\\r\\n
+        S: 250 localhost
+        C|MAIL\\tFROM: <a@b>\\t\\r\\n
+        S: 250 2.1.0 Ok
+        C|RCPT  TO: c@d \\r\\n
+        S: 250 2.1.5 Ok
+        C|RSET \\t\\r\\n
+        S: 250 2.0.0 Ok
         """,
     "sizes": """
         C: HELO x
@@ -2082,7 +2098,7 @@ def test_a_mapped_loopback_address_is_no_danger(start: Callable[..., Daemon]) ->
 @pytest.mark.parametrize("limit", range(4, 8))
 def test_too_few_descriptors_to_start_are_one_line(limit: int) -> None:
     result = subprocess.run(
-        ["sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh", "/usr/bin/python3", "-I", "-S", PROGRAM, "--port=2599"],
+        ["sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh", sys.executable, "-I", "-S", PROGRAM, "--port=2599"],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -2090,6 +2106,38 @@ def test_too_few_descriptors_to_start_are_one_line(limit: int) -> None:
         check=False,
     )
     assert result.returncode == 3 and result.stderr.count("\n") == 1 and "msmtpd: cannot go on: " in result.stderr
+
+
+@pytest.mark.parametrize("option", ["--command=cat; :", "--auth=joe,echo x"])
+def test_too_few_processes_to_start_are_one_line(option: str) -> None:
+    """The limit does not bind root, so another user runs what comes on standard input."""
+    setpriv = [need("setpriv"), "--reuid=65534", "--clear-groups", "--bounding-set=-all", "--inh-caps=-all"]
+    as_nobody = [] if os.geteuid() else setpriv
+    result = subprocess.run(
+        [*as_nobody, need("prlimit"), "--nproc=0", "/usr/bin/python3", "-I", "-S", "-", "--port=2599", option],
+        input=PROGRAM.read_text(),
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert result.returncode == 3 and result.stderr.count("\n") == 1
+    assert "cannot go on: " in result.stderr and "Resource temporarily unavailable" in result.stderr
+
+
+def test_a_count_of_sockets_that_is_no_number_is_ignored() -> None:
+    """A digit to Python, but not to int()."""
+    program = (
+        f"import os; os.environ.update(LISTEN_FDS='\u00b2', LISTEN_PID=str(os.getpid())); exec({PROGRAM.read_text()!r})"
+    )
+    result = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", program, "--interface=192.0.2.1", "--port=2599"],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert result.returncode == 3 and "this machine has no such address" in result.stderr
 
 
 def test_it_runs_under_any_name_read_only_and_without_a_trace(tmp_path: Path) -> None:
@@ -4601,7 +4649,7 @@ def test_no_password_at_the_terminal_is_an_error(typed: bytes) -> None:
         os.write(terminal, typed)
         shown = read_until(terminal, b"")
         assert process.wait(20) == 3
-        assert shown.count(b"msmtpd: ") == 1 and b"password" in shown
+        assert shown.count(b"msmtpd: ") == 1 and b"no password given" in shown
 
 
 # Side by side with the C program
