@@ -2357,8 +2357,9 @@ def parse_options(arguments: Sequence[str]) -> list[tuple[str, str]]:
         word = rest.pop(0)
         if word == "--" and not rest:
             break
-        if not word.startswith("--") or word == "--":
-            raise StartupError(f"unexpected argument {word!a}; see --help")
+        if word == "--" or not word.startswith("--"):
+            unexpected = rest[0] if word == "--" else word
+            raise StartupError(f"unexpected argument {unexpected!a}; see --help")
         given, equals, value = word[2:].partition("=")
         name = complete_option(given)
         if OPTIONS[name] and not equals and rest:

@@ -1599,7 +1599,7 @@ REJECTED = [  # command line, what the message says
     (["--in"], "--in is ambiguous: --inetd, --interface"),
     (["-p", "25"], "unexpected argument '-p'"),
     (["extra"], "unexpected argument 'extra'"),
-    (["--", "extra"], "unexpected argument '--'"),
+    (["--", "extra"], "unexpected argument 'extra'"),
     (["--port"], "--port needs an argument"),
     (["--port="], "--port needs an argument"),
     (["--command", ""], "--command needs an argument"),
