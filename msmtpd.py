@@ -1784,7 +1784,6 @@ class Connection:
 
     def _close(self, orderly: bool) -> None:
         self.orderly = orderly
-        self._session.close()
         self._phase = CLOSING
         self._set_deadline(LINGER_TIMEOUT)
 
@@ -2435,7 +2434,7 @@ def protect_descriptors(inetd: bool) -> bool:
     may be the client's connection: nobody may write there, not even Python.
     """
     while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(null, True)
+        pass
     shared = inetd and not os.isatty(2) and (os.path.sameopenfile(0, 2) or os.path.sameopenfile(1, 2))
     if shared:
         os.dup2(null, 2)

@@ -17,6 +17,7 @@ import base64
 import contextlib
 import email
 import errno
+import fcntl
 import hashlib
 import hmac
 import itertools
@@ -445,12 +446,20 @@ def test_a_file_has_no_name_from_the_start_where_the_system_knows_how(
     assert len(unlinked) == (not known) and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has pipes of any size")
 def test_a_spool_finds_a_way_where_pipes_are_small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    set_pipe_size = 1031  # fcntl.F_SETPIPE_SZ of Python 3.10
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     spool = msmtpd.Spool()
     spool.write(b"x" * 20_000)
-    write = os.write
-    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, bytes(data)[:4096]))
+    pipe = os.pipe
+
+    def small_pipe() -> tuple[int, int]:
+        ends = pipe()
+        fcntl.fcntl(ends[1], set_pipe_size, 4096)
+        return ends
+
+    monkeypatch.setattr(os, "pipe", small_pipe)
     assert spooled(spool) == b"x" * 20_000
 
 
@@ -1233,6 +1242,7 @@ COMMANDS = [  # command, what it prints for sender a@b and recipients c@d e@f
     (f"{PRINTF} %s, -f %F --", "-f,a@b,--,c@d,e@f,"),
     (f"{PRINTF} %s, --from=%F", "--from=a@b,c@d,e@f,"),
     (f"{PRINTF} %s, %F %F", "a@b,%F,c@d,e@f,"),
+    (f"{PRINTF} %s, %F%F", "a@b%F,c@d,e@f,"),
     (f"{PRINTF} %s,", "c@d,e@f,"),
     ("printf %s, -f %F --", "-f,a@b,--,c@d,e@f,"),
     ("  printf   %s,\t%F ", "a@b,c@d,e@f,"),
@@ -1243,6 +1253,7 @@ COMMANDS = [  # command, what it prints for sender a@b and recipients c@d e@f
     ("printf '%s,' x%Fy 'x%Fy'", "xa@by,x%Fy,c@d,e@f,"),
     ("printf '%s,' \"x%Fy\"", "xa@by,c@d,e@f,"),
     ("printf '%s,' \\' %F", "',a@b,c@d,e@f,"),
+    ("printf '%s,' %F \\;", "a@b,;,c@d,e@f,"),
     ("printf '%s,' \"'\" %F", "',a@b,c@d,e@f,"),
     ("printf '%s,' \"$MSMTPD_SENDER\" -- ", "a@b,--,c@d,e@f,"),
     ("env printf %s, %F; echo", "a@b,c@d e@f\n"),
@@ -1429,7 +1440,9 @@ def test_a_log_file_gets_lines_and_is_followed_when_it_moves(tmp_path: Path) -> 
     (tmp_path / "older").write_bytes(path.read_bytes())
     path.unlink()
     log.reopen()
+    assert path.exists()  # the old one is let go at once, not with the next line
     log.write("error", "three")
+    msmtpd.open_log("stderr", inetd=False).reopen()
     assert (tmp_path / "old").read_text().endswith("info: one\n")
     assert (tmp_path / "older").read_text().endswith("warning: two\n")
     assert LINE.fullmatch(path.read_text()) and path.read_text().endswith("error: three\n")
@@ -2018,6 +2031,7 @@ STARTUP_ERRORS = [  # options, what the one line says
     (["--interface=\udcff"], "--interface needs an IPv4 or IPv6 address"),
     (["--auth=joe,exit 1\n"], "with exit status 1: 'exit 1\\n'"),
     (["--inetd", "--auth=joe"], ", and no terminal to ask for a password"),
+    (["--in"], "option --in is ambiguous: --inetd, --interface"),
     (["--port=2599", "--command=cat 'x"], "--command is no valid shell command: "),
     (["--port=2599", "--command= "], "behind the end of --command the recipients would be a command"),
     (["--port=2599", "--command=cat >> mails;"], "behind the end of --command the recipients would be a command"),
@@ -2395,6 +2409,7 @@ class HeldCommand:
     def __init__(self) -> None:
         self.pids: list[int] = []
         self.recipients: list[bytes] = []
+        self.contents: list[bytes] = []  # of small mails
         self._writers: list[int] = []
 
     def start(self, sender: bytes, recipients: list[bytes], stdin: int, output: int) -> int:
@@ -2405,6 +2420,7 @@ class HeldCommand:
         self.pids.append(pid)
         self._writers.append(writer)
         self.recipients += recipients
+        self.contents.append(os.read(stdin, 65536))
         return pid
 
     def end(self, mail: int, status: int) -> None:
@@ -2679,6 +2695,16 @@ def test_a_client_that_floods_after_the_end_is_dropped(world: World) -> None:
     assert not world.server.connections
 
 
+@pytest.mark.parametrize("octets, lines", [(DATA + b"x", 1), (HELO + b"MAIL FROM:<a@b>\r\n", 1), (HELO, 0)])
+def test_a_client_that_leaves_in_the_middle_of_a_mail_is_logged(world: World, octets: bytes, lines: int) -> None:
+    client = world.call()
+    client.say(octets)
+    client.sock.close()
+    world.turn()
+    assert not world.server.connections
+    assert world.logged("client left in the middle of a mail") == lines
+
+
 def test_a_session_that_has_ended_keeps_no_input(world: World) -> None:
     """It is in a cycle of references: what it kept would stay until Python looks for those."""
     client = world.call()
@@ -2752,15 +2778,23 @@ def test_the_next_mail_of_a_session_waits_behind_those_of_others(world: World, m
     assert world.held.recipients == [b"g1@x", b"m@x", b"g2@x"]
 
 
-def test_a_client_that_leaves_while_its_mail_waits_has_sent_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("replies_read", [True, False])
+def test_a_client_that_leaves_while_its_mail_waits_has_sent_it(
+    world: World, monkeypatch: pytest.MonkeyPatch, replies_read: bool
+) -> None:
     monkeypatch.setattr(msmtpd, "MAX_COMMANDS", 1)
     first, gone = world.call(), world.call()
     first.say(HELO + mail_to("first@x"))
-    gone.say(HELO + mail_to("gone@x"))
+    gone.sock.sendall(HELO + mail_to("gone@x"))
+    if replies_read:
+        world.turn()
+        gone.hear()
     gone.sock.close()
     world.turn()
+    assert len(world.server.connections) == 1 + replies_read  # writing to it has failed
     world.end(0)
     world.end(1)
+    assert [content[-3:] for content in world.held.contents] == [b"\nx\n"] * 2
     assert world.held.recipients == [b"first@x", b"gone@x"] and first.hear()[-1] == 250
     assert world.logged("to=<gone@x> count=1") == 1
 
@@ -3077,6 +3111,7 @@ def test_a_stop_lets_a_transaction_come_to_its_end(
 ) -> None:
     client = world.call()
     client.say(before)
+    (connection,) = world.server.connections
     world.server.stop()
     world.turn()
     world.wait(30)
@@ -3084,6 +3119,7 @@ def test_a_stop_lets_a_transaction_come_to_its_end(
     assert client.say(after + mail_to("next@x")) == replies
     world.end(0)
     assert client.hear() == [250, 421] and world.held.recipients == [b"c@d"]
+    assert not connection.orderly
     client.sock.close()
     world.server.run()
 
@@ -3238,6 +3274,11 @@ def idle_descriptors(daemon: Daemon) -> int:
     directory = Path(f"/proc/{daemon.process.pid}/fd")
     wait_until(lambda: sum(os.readlink(path).startswith("socket:") for path in directory.iterdir()) == 1)
     return daemon.descriptors()
+
+
+def test_a_server_at_rest_has_the_descriptors_that_it_needs(start: Callable[..., Daemon]) -> None:
+    needed = ("input", "output", "error", "listener", "selector", "reader of signals", "writer of signals")
+    assert idle_descriptors(start()) == len(needed)
 
 
 def quiet(daemon: Daemon) -> None:
