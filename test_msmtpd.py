@@ -1824,6 +1824,21 @@ def test_addresses_are_in_the_received_field(host: str, start: Callable[..., Dae
     assert received == f"Received: from x ({literal})\n\tby {literal} (msmtpd) with ESMTP"
 
 
+def test_replies_are_not_held_back_for_more() -> None:
+    with msmtpd.listening_socket("127.0.0.1", 0) as listener:
+        with socket.create_connection(listener.getsockname()), listener.accept()[0] as accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has abstract sockets")
+def test_systemd_may_be_told_by_an_abstract_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind("")  # the kernel chooses a name
+        monkeypatch.setenv("NOTIFY_SOCKET", "@" + os.fsdecode(sock.getsockname()[1:]))
+        msmtpd.notify_systemd("READY=1")
+        assert sock.recv(100, socket.MSG_DONTWAIT) == b"READY=1"
+
+
 def test_several_interfaces(start: Callable[..., Daemon]) -> None:
     daemon = start("--interface=::1", "--interface=127.0.0.2", "--interface=::1", "--command=cat > /dev/null; :")
     for host in ("127.0.0.1", "::1", "127.0.0.2"):
