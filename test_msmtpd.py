@@ -1467,6 +1467,17 @@ def test_a_log_file_that_cannot_be_opened_is_replaced_by_syslog(capfd: pytest.Ca
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_syslog_that_is_not_there_is_warned_of(
+    there: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os.path, "exists", lambda path: there)
+    msmtpd.open_log("syslog", inetd=True)
+    assert capfd.readouterr().err == ""
+    msmtpd.open_log("syslog", inetd=False)
+    assert ("there is no syslog here" in capfd.readouterr().err) != there
+
+
 def test_syslog_gets_the_facility_and_the_levels(monkeypatch: pytest.MonkeyPatch) -> None:
     import syslog
 
