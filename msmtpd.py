@@ -42,6 +42,7 @@ import binascii
 import errno
 import os
 import select
+import stat
 import sys
 import time
 
@@ -715,6 +716,7 @@ class Policy:
 
 
 _TEXT = b"\t\r\n" + bytes(range(32, 127))  # what a command may begin with
+_TLS_HANDSHAKE = 22  # the first octet that a TLS client sends, RFC 8446 section 5.1
 
 # The methods that no form may use to reach us: a browser can be made to send
 # any body to a port of its own machine.
@@ -807,7 +809,7 @@ class Session:
     def _read_line(self) -> list[Action]:
         in_auth = self._exchange is not None
         if not in_auth and not self._overlong and self._input[self._at] not in _TEXT:
-            return self._not_smtp("binary data")
+            return self._not_smtp("TLS" if self._input[self._at] == _TLS_HANDSHAKE else "binary data")
         line = self._take_line(MAX_AUTH_LINE if in_auth else MAX_COMMAND_LINE)
         if line is None:
             return []
@@ -1039,8 +1041,11 @@ class Command:
     def __init__(self, text: str, environment: Mapping[bytes, bytes]) -> None:
         self._environment = dict(environment)
         command = os.fsencode(text.rstrip())
-        if not command or (command[-1:] in (b";", b"&", b"|") and command[-2:-1] != b"\\"):
-            raise StartupError('behind the end of --command the recipients would be a command; write "; :" there')
+        if not command:
+            raise StartupError("--command is empty; see --help")
+        if command[-1:] in (b";", b"&", b"|") and command[-2:-1] != b"\\":
+            end = command[-1:].decode()
+            raise StartupError(f'the recipients would be a command behind the "{end}" of --command; end it in "&& :"')
         self._words = command.split()
         self._plain = not command.translate(None, _NO_SHELL_SYNTAX) and b"=" not in self._words[0]
         self._program = find_program(os.fsdecode(self._words[0])) if self._plain else None
@@ -2275,6 +2280,7 @@ EXIT_STARTUP = 3
 DEFAULT_COMMAND = "msmtp -f %F --"
 DEFAULT_INTERFACE = "127.0.0.1"
 DEFAULT_PORT = 25
+SYSLOG_SOCKETS = ("/dev/log", "/var/run/log", "/var/run/syslog")  # of Linux, the BSDs, macOS
 
 HELP_TEXT = f"""\
 Usage: msmtpd [option...]
@@ -2358,7 +2364,8 @@ def parse_options(arguments: Sequence[str]) -> list[tuple[str, str]]:
             break
         if word == "--" or not word.startswith("--"):
             unexpected = rest[0] if word == "--" else word
-            raise StartupError(f"unexpected argument {unexpected!a}; see --help")
+            cure = "options begin with two dashes" if unexpected[:1] == "-" else "quote what has blanks"
+            raise StartupError(f"unexpected argument {unexpected!a}; {cure}, see --help")
         given, equals, value = word[2:].partition("=")
         name = complete_option(given)
         if OPTIONS[name] and not equals and rest:
@@ -2399,21 +2406,29 @@ def open_log(target: str, inetd: bool) -> Log:
     """Open the log; a file that cannot be opened is replaced by syslog, as the manual says."""
     if target == "none":
         return Log()
-    if target == "syslog":
-        if not inetd and not any(map(os.path.exists, ("/dev/log", "/var/run/log", "/var/run/syslog"))):
-            complain("warning: there is no syslog here; --log=stderr or a file would do")
-        return Log(SyslogSink())
     if target == "stderr":
         return Log(StreamSink(2))
-    try:
-        return Log(FileSink(target))
-    except OSError as error:
-        text = f"cannot open log file {target!a}: {error.strerror}; logging to syslog"
+    if target == "syslog":
+        log = Log(SyslogSink())
+    else:
+        try:
+            return Log(FileSink(target))
+        except OSError as error:
+            text = f"cannot open log file {target!a}: {error.strerror}; logging to syslog"
         log = Log(SyslogSink())
         log.write("error", text)
         if not inetd:
             complain(text)
-        return log
+    if not inetd and not any(map(is_socket, SYSLOG_SOCKETS)):
+        complain("warning: there is no syslog here; --log=stderr or a file would do")
+    return log
+
+
+def is_socket(path: str) -> bool:
+    try:
+        return stat.S_ISSOCK(os.stat(path).st_mode)
+    except OSError:
+        return False
 
 
 def complain(text: str) -> None:
@@ -2497,6 +2512,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
         cures = {
             errno.EADDRINUSE: "; another server is there already, try another --port",
             errno.EACCES: "; below 1024 it takes root or CAP_NET_BIND_SERVICE, try --port=2500",
+            errno.EINVAL: "; a link-local address needs its interface, as in fe80::1%eth0",
             errno.EADDRNOTAVAIL: "; this machine has no such address, see --interface",
         }
         cure = cures.get(error.errno or 0, "")
@@ -2530,8 +2546,8 @@ def notify_systemd(state: str) -> None:
 def exposure(sockets: Iterable[socket.socket], options: Options) -> str:
     """Return a warning if clients beyond this machine can connect."""
     outside = ", ".join(describe(sock) for sock in sockets if not is_local(sock))
-    danger = "passwords cross the network in the clear" if options.auth else "anybody there can send mail"
-    return f"listening on {outside}, which is not only this machine: {danger}" if outside else ""
+    danger = "passwords cross the network in the clear" if options.auth else "whoever reaches it can send mail"
+    return f"listening on {outside}, which other machines may reach: {danger}" if outside else ""
 
 
 def affordable_sessions() -> int:

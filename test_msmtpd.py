@@ -1113,7 +1113,8 @@ def test_what_is_not_smtp_is_closed_at_once_without_a_word(octets: str) -> None:
         peer.feed(data[:cut])
         peer.feed(data[cut:])
         assert peer.events == ["X:"]
-        assert len(peer.notes) == 1 and "does not speak SMTP" in peer.notes[0]
+        what = "TLS" if data[:1] == b"\x16" else "HTTP" if data[:1].isalpha() else "binary data"
+        assert len(peer.notes) == 1 and f"does not speak SMTP but {what}" in peer.notes[0]
 
 
 def test_a_form_sent_in_the_middle_of_a_session_reaches_nothing_either() -> None:
@@ -1467,15 +1468,22 @@ def test_a_log_file_that_cannot_be_opened_is_replaced_by_syslog(capfd: pytest.Ca
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("kind", ["missing", "a directory, as systemd has", "a socket"])
 def test_a_syslog_that_is_not_there_is_warned_of(
-    there: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(os.path, "exists", lambda path: there)
-    msmtpd.open_log("syslog", inetd=True)
-    assert capfd.readouterr().err == ""
-    msmtpd.open_log("syslog", inetd=False)
-    assert ("there is no syslog here" in capfd.readouterr().err) != there
+    path = tmp_path / "log"
+    monkeypatch.setattr(msmtpd, "SYSLOG_SOCKETS", (str(path),))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        if kind == "a socket":
+            sock.bind(str(path))
+        elif kind != "missing":
+            path.mkdir()
+        for target in ("syslog", "/nowhere/log"):
+            msmtpd.open_log(target, inetd=True)
+            assert capfd.readouterr().err == ""
+            msmtpd.open_log(target, inetd=False)
+            assert ("there is no syslog here" in capfd.readouterr().err) == (kind != "a socket")
 
 
 def test_syslog_gets_the_facility_and_the_levels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1621,8 +1629,9 @@ REJECTED = [  # command line, what the message says
     (["--bogus"], "unknown option '--bogus'"),
     (["--bogus=1"], "unknown option '--bogus'"),
     (["--in"], "--in is ambiguous: --inetd, --interface"),
-    (["-p", "25"], "unexpected argument '-p'"),
-    (["extra"], "unexpected argument 'extra'"),
+    (["-p", "25"], "unexpected argument '-p'; options begin with two dashes, see --help"),
+    (["--command=msmtp", "-f"], "unexpected argument '-f'; options begin with two dashes, see --help"),
+    (["extra"], "unexpected argument 'extra'; quote what has blanks, see --help"),
     (["--", "extra"], "unexpected argument 'extra'"),
     (["--port"], "--port needs an argument"),
     (["--port="], "--port needs an argument"),
@@ -2059,9 +2068,11 @@ STARTUP_ERRORS = [  # options, what the one line says
     (["--inetd", "--auth=joe"], ", and no terminal to ask for a password"),
     (["--in"], "option --in is ambiguous: --inetd, --interface"),
     (["--port=2599", "--command=cat 'x"], "--command is no valid shell command: "),
-    (["--port=2599", "--command= "], "behind the end of --command the recipients would be a command"),
-    (["--port=2599", "--command=cat >> mails;"], "behind the end of --command the recipients would be a command"),
-    (["--port=2599", "--command=cat | cat &\n"], "behind the end of --command the recipients would be a command"),
+    (["--port=2599", "--command= "], "--command is empty"),
+    (["--port=2599", "--command=cat >> mails;"], 'would be a command behind the ";" of --command; end it in "&& :"'),
+    (["--port=2599", "--command=cat | cat &\n"], 'would be a command behind the "&" of --command; end it in "&& :"'),
+    (["--port=2599", "--command=cat |"], 'would be a command behind the "|" of --command; end it in "&& :"'),
+    (["--port=2599", "--interface=fe80::1"], "a link-local address needs its interface, as in fe80::1%eth0"),
     (["--port=2599", "--command=if %F"], "--command is no valid shell command: "),
     (["--port=2599", '--command=: "$(: %F)"'], "%F stands in a here-document or a quoted substitution; use"),
 ]
@@ -2121,7 +2132,7 @@ def test_version_and_help() -> None:
 
 def test_listening_beyond_loopback_is_warned_of(tmp_path: Path) -> None:
     port = free_port()
-    dangers = {"": "anybody there can send mail", "--auth=joe,echo x": "passwords cross the network in the clear"}
+    dangers = {"": "whoever reaches it can send mail", "--auth=joe,echo x": "passwords cross the network in the clear"}
     for option, danger in dangers.items():
         options = [f"--port={port}", "--interface=0.0.0.0", *option.splitlines()]
         with subprocess.Popen([*RUN, *options], stderr=subprocess.PIPE) as process:
