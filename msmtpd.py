@@ -85,10 +85,11 @@ SCRAM_ITERATIONS = 4096  # RFC 7677 section 4: at least
 IDLE_TIMEOUT = 300.0  # without progress, RFC 5321 4.5.3.2.7
 CROWDED_TIMEOUT = 10.0  # the same while clients have to wait, and for this long after
 DATA_SECONDS_PER_OCTET = 10.0 / 1024  # mail data slower than 1 KiB in 10 s is no progress
-COMMAND_TIMEOUT = 600.0  # clients wait that long for a mail, RFC 5321 4.5.3.2.6
+DELIVERY_TIMEOUT = 600.0  # from the end of a mail: clients wait that long, RFC 5321 4.5.3.2.6
 KILL_DELAY = 10.0  # between SIGTERM and SIGKILL for a command
 STOP_TIMEOUT = 60.0  # for open transactions after SIGTERM
-LINGER_TIMEOUT = 2.0  # for the client to close after our last reply
+FLUSH_TIMEOUT = 10.0  # for the client to go on taking our last replies
+LINGER_TIMEOUT = 2.0  # for it to close after them
 RETRY_DELAY = 1.0  # before accepting again when descriptors or memory ran out
 THROTTLE_SECONDS = 60.0  # after an authentication failure, while ...
 THROTTLE_DELAY = 1.0  # ... every outcome of AUTH is held back by this
@@ -741,7 +742,7 @@ class Session:
         self.data: MailData | None = None  # gets the next input
         self._deaf = False  # while a delivery runs, and after the end
         self._errors = 0  # since the last mail
-        self.last_refusal: Reply | None = b""  # the last one; None once a mail has been delivered
+        self.last_refusal: Reply | None = b""  # the last one if the log has not had it; None once a mail is delivered
         self._auth_failures = 0
         self._input = b""
         self._at = 0  # where the unread input begins
@@ -763,16 +764,14 @@ class Session:
             return self._read_line() if self.data is None else self._read_data(self.data)
         except Refused as refused:
             self._exchange = None
-            if self.last_refusal is not None:
-                self.last_refusal = refused.reply
-            return self._negative(refused.reply)
+            return self._negative(refused.reply, logged=False)
 
     def delivered(self, reply: Reply) -> list[Action]:
         """End the transaction that Deliver began, with the reply to its mail."""
         self._end_transaction()
         self._deaf = False
         if reply[:1] != b"2":
-            return self._negative(reply)
+            return self._negative(reply, logged=True)
         self._errors = 0
         self.last_refusal = None
         return [reply]
@@ -787,7 +786,9 @@ class Session:
     def in_transaction(self) -> bool:
         return self.envelope is not None
 
-    def _negative(self, reply: Reply) -> list[Action]:
+    def _negative(self, reply: Reply, logged: bool) -> list[Action]:
+        if self.last_refusal is not None:
+            self.last_refusal = b"" if logged else reply
         if reply is not TOO_MANY_RECIPIENTS:  # which only asks for another mail
             self._errors += 1
         if self._errors < MAX_ERRORS:
@@ -843,7 +844,7 @@ class Session:
             self._deaf = True
             return [Deliver(self.envelope, data.spool, data.size)]
         self._end_transaction()
-        return [Note("error", data.trouble), *self._negative(data.failure)]
+        return [Note("error", data.trouble), *self._negative(data.failure, logged=True)]
 
     def _take_line(self, limit: int) -> bytes | None:
         """Take the next line, without its end; None while it is incomplete.
@@ -966,7 +967,7 @@ class Session:
         self._auth_failures += 1
         actions: list[Action] = [Note("warning", "authentication failed"), Pause(failed=True)]
         if self._auth_failures < MAX_AUTH_FAILURES:
-            return actions + self._negative(AUTH_FAILED)
+            return actions + self._negative(AUTH_FAILED, logged=True)
         return [*actions, TOO_MANY_FAILURES, *self._end(orderly=False)]
 
 
@@ -1014,6 +1015,7 @@ VERBS: Mapping[bytes, tuple[Effect, tuple[Condition, ...]]] = {
 
 _SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 _NO_SHELL_SYNTAX = _PLAIN + b" \t"
+_PUNCTUATION_TO_BLANKS = bytes.maketrans(b"|&;(){}\"'`", b" " * 10)
 _REPARSERS = (b"eval", b"rsh", b"runuser", b"ssh", b"su")
 
 EXIT_NAMES = {status: name for name, status in vars(os).items() if name.startswith("EX_")}
@@ -1059,7 +1061,8 @@ class Command:
 
         quoted = (before[opened:] + after.partition(quote)[0]) if quote else b""
         self.reparses = bool(found) and any(blank in quoted for blank in b" \t\n")
-        self.reparses |= any(os.path.basename(word) in _REPARSERS for word in self._words)
+        words = command.translate(_PUNCTUATION_TO_BLANKS).split()
+        self.reparses |= any(os.path.basename(word) in _REPARSERS for word in words)
 
     def start(self, sender: bytes, recipients: Sequence[bytes], stdin: int, output: int) -> int:
         """Start the command for one mail and return its process id.
@@ -1183,8 +1186,8 @@ def last_lines(output: bytes, utf8: bool) -> list[str]:
 
 # ---- Log -------------------------------------------------------------------
 #
-# A line is written by one system call or not at all, and failing to write one
-# never disturbs a mail.  Text that comes from a client or a command goes
+# A line is written at once or not at all; one that a full disk has cut gets its
+# end before the next.  Failing to write one never disturbs a mail.  Text that comes from a client or a command goes
 # through printable(): nobody forges a line or an escape sequence.
 
 
@@ -1240,16 +1243,25 @@ class StreamSink:
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
+        self._torn = False  # the last line has no end
 
     def write(self, level: str, text: str) -> None:
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        write_now(self.descriptor, f"{now} msmtpd[{os.getpid()}] {level}: {text}\n".encode())
+        line = f"{now} msmtpd[{os.getpid()}] {level}: {text}\n".encode()
+        written = write_now(self.descriptor, b"\n" * self._torn + line)
+        if written:
+            self._torn = written < self._torn + len(line)
 
 
-def write_now(descriptor: int, data: bytes) -> None:
-    """Write what can be written without waiting: a terminal or a pipe may be stopped."""
-    while data and select.select((), (descriptor,), (), 0)[1]:
-        data = data[os.write(descriptor, data[: select.PIPE_BUF]) :]
+def write_now(descriptor: int, data: bytes) -> int:
+    """Write what can be written without waiting, and return how much: a pipe may be stopped, a disk full."""
+    written = 0
+    try:
+        while written < len(data) and select.select((), (descriptor,), (), 0)[1]:
+            written += os.write(descriptor, data[written : written + select.PIPE_BUF])
+    except OSError:
+        pass
+    return written
 
 
 class FileSink:
@@ -1722,6 +1734,8 @@ class Connection:
                 self._abandon()
                 return
             del self._replies[:written]
+            if self._replies and self._phase == CLOSING:
+                self._set_deadline(FLUSH_TIMEOUT)
         if self._phase == CLOSING:
             self._shut_down()
 
@@ -1790,7 +1804,7 @@ class Connection:
     def _close(self, orderly: bool) -> None:
         self.orderly = orderly
         self._phase = CLOSING
-        self._set_deadline(LINGER_TIMEOUT)
+        self._set_deadline(FLUSH_TIMEOUT)
 
     def _shut_down(self) -> None:
         """End our direction, and wait for the client's end unless it has said QUIT.
@@ -1802,13 +1816,17 @@ class Connection:
             if self._sock is not None and not self._eof and not self.orderly:
                 self._sock.shutdown(_socket.SHUT_WR)
                 self._phase = DRAINING
+                self._set_deadline(LINGER_TIMEOUT)
                 return
         except OSError:
             pass  # the client has gone already
         self._forget()
 
     def _abandon(self) -> None:
-        """Forget a client that has vanished; its delivery, if there is one, goes on."""
+        """Forget a client that has vanished; but its place stays taken while its delivery goes on."""
+        if self._phase == DELIVERING:
+            self._replies.clear()
+            return
         if self._session.in_transaction and self._phase == OPEN:
             self.log("warning", "client vanished in the middle of a mail")
         self._forget()
@@ -1846,7 +1864,9 @@ class Queue:
 
     def submit(self, connection: Connection, mail: Deliver) -> None:
         """Run the command for a mail as soon as fewer than MAX_COMMANDS are running."""
-        self._waiting.append(Delivery(self, connection, mail))
+        delivery = Delivery(self, connection, mail)
+        self._waiting.append(delivery)
+        self.loop.add_timed(delivery)
         self.resume()
 
     def resume(self) -> None:
@@ -1854,6 +1874,13 @@ class Queue:
             delivery = self._waiting.pop(0)
             self.running.add(delivery)
             self.loop.guard(delivery, delivery.start)
+
+    def withdraw(self, delivery: Delivery) -> bool:
+        """Take back a mail if it still waits for its turn, and tell whether it did."""
+        if delivery not in self._waiting:
+            return False
+        self._waiting.remove(delivery)
+        return True
 
     def reap(self) -> None:
         """Look which commands have exited."""
@@ -1875,10 +1902,7 @@ class Queue:
     def mirror(self, output: bytes) -> None:
         """Pass on what a command prints, where nobody would see it else."""
         if self.mirror_output:
-            try:
-                write_now(2, output)
-            except OSError:
-                pass
+            write_now(2, output)
 
     def crash(self) -> None: ...
 
@@ -1894,7 +1918,7 @@ class Delivery:
         self._pid = 0  # while it runs
         self._output = self._output_end = -1  # both ends of the pipe for the command's output, while it runs
         self._tail = b""  # of that output
-        self._deadline = NEVER
+        self._deadline = self._received + DELIVERY_TIMEOUT
         self._timed_out = False
         self._crashed = False  # we have: nobody waits for the outcome
 
@@ -1911,8 +1935,6 @@ class Delivery:
         finally:
             self._mail.spool.close()
         loop.watch(self._output, READ, self)
-        self._deadline = loop.now + COMMAND_TIMEOUT
-        loop.add_timed(self)
 
     def _spawn(self) -> None:
         envelope = self._mail.envelope
@@ -1948,7 +1970,7 @@ class Delivery:
         os.close(self._output_end)
         more = False
         try:
-            more = self._read_output(output)
+            more = self._read_output(output) and self._read_output(output)  # the text, and its end
         finally:
             if more:
                 self._queue.adopt(output)
@@ -1959,10 +1981,14 @@ class Delivery:
         return self._deadline
 
     def expire(self) -> None:
-        """End a command that takes too long, with all that it has started."""
-        self._kill(signal.SIGKILL if self._timed_out else signal.SIGTERM)
-        self._timed_out = True
-        self._deadline = self._queue.loop.now + KILL_DELAY
+        """End a command that takes too long, with all that it has started, or give up to wait for one."""
+        if self._queue.withdraw(self):
+            self._mail.spool.close()
+            self._finish(b"451 4.3.0", "No command was free in time")
+        elif self._pid:
+            self._kill(signal.SIGKILL if self._timed_out else signal.SIGTERM)
+            self._timed_out = True
+            self._deadline = self._queue.loop.now + KILL_DELAY
 
     def _kill(self, number: int) -> None:
         try:
@@ -1984,7 +2010,8 @@ class Delivery:
         if self._crashed:
             self._release()
         elif self._timed_out:
-            self._finish(b"451 4.3.0", f"Command took longer than {COMMAND_TIMEOUT:.0f} seconds")
+            # Even if it exits with 0 now: a script may do so when the program in it has been killed.
+            self._finish(b"451 4.3.0", f"Command took longer than {DELIVERY_TIMEOUT:.0f} seconds")
         else:
             self._finish(*judge(os.waitstatus_to_exitcode(status)))
 
@@ -2178,7 +2205,9 @@ def serve_inetd(server: Server) -> int:
 
 
 def standard_socket() -> tuple[_socket.socket | None, str]:
-    """Return descriptor 0 as a socket, if it is one, and the client's address."""
+    """Return descriptor 0 as a socket, if it is one and 1 is the same, and the client's address."""
+    if not os.path.sameopenfile(0, 1):
+        return None, ""  # some programs make pipes of sockets
     try:
         sock = _socket.socket(fileno=0)
     except OSError:
@@ -2456,7 +2485,9 @@ def protect_descriptors(inetd: bool) -> bool:
     os.close(null)
     try:
         inherited = [int(name) for name in os.listdir("/dev/fd")]
-    except OSError:  # no /proc here
+    except OSError:
+        inherited = []
+    if max(inherited, default=0) <= 2:  # no /proc here, or FreeBSD, where these are all that is listed
         inherited = list(range(256))
     for descriptor in inherited:
         try:

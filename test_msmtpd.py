@@ -1312,6 +1312,10 @@ REPARSED = [  # command, whether %F is part of a text that looks like a script
     ("/usr/bin/ssh host msmtp --", True),
     ("eval msmtp -f %F --", True),
     ("su joe -c 'msmtp'", True),
+    ("cat|ssh host msmtp -f x --", True),
+    ("(ssh host msmtp --) && :", True),
+    ('"ssh" host msmtp --', True),
+    ("msmtp --host=ssh", False),
 ]
 
 
@@ -1447,6 +1451,27 @@ def test_a_log_file_gets_lines_and_is_followed_when_it_moves(tmp_path: Path) -> 
     assert (tmp_path / "old").read_text().endswith("info: one\n")
     assert (tmp_path / "older").read_text().endswith("warning: two\n")
     assert LINE.fullmatch(path.read_text()) and path.read_text().endswith("error: three\n")
+
+
+def test_a_line_that_a_full_disk_has_cut_gets_its_end_before_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = msmtpd.open_log(str(tmp_path / "log"), inetd=False)
+    room, write = [0], os.write
+
+    def write_what_fits(descriptor: int, data: bytes) -> int:
+        fits = data[: room[0]]
+        if data and not fits:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        room[0] -= len(fits)
+        return write(descriptor, fits)
+
+    monkeypatch.setattr(os, "write", write_what_fits)
+    for text, room[0] in (("one", 1000), ("lost", 0), ("two", 1000), ("cut", 20), ("lost", 0), ("three", 1000)):
+        log.write("info", text)
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert [line[-5:] for line in lines] == [": one", ": two", lines[2][-5:], "three"]
+    assert len(lines[2]) == 20
 
 
 def test_a_log_that_cannot_be_written_is_no_reason_to_fail(tmp_path: Path) -> None:
@@ -1809,6 +1834,22 @@ def test_a_mail_arrives_with_its_envelope_and_a_received_field(start: Callable[.
     assert daemon.stop() == 0
 
 
+def test_descriptors_are_closed_even_where_the_system_lists_only_the_first(tmp_path: Path) -> None:
+    """As FreeBSD does without fdescfs."""
+    patched = f"import os; os.listdir = lambda path: list('012'); exec({PROGRAM.read_text()!r})"
+    leak = os.open(os.devnull, os.O_RDONLY)
+    subprocess.run(
+        [sys.executable, "-I", "-S", "-c", patched, "--inetd", f"--command=ls /proc/self/fd > {tmp_path}/fds; :"],
+        input=MAIL,
+        stdout=subprocess.DEVNULL,
+        pass_fds=(leak,),
+        check=True,
+        timeout=20,
+    )
+    os.close(leak)
+    assert str(leak) not in (tmp_path / "fds").read_text().split() or leak == 3  # 3 is what ls reads
+
+
 def test_the_command_inherits_only_descriptors_0_to_2(start: Callable[..., Daemon], tmp_path: Path) -> None:
     leak = os.open(os.devnull, os.O_RDONLY)
     os.dup2(leak, 300)
@@ -1845,9 +1886,9 @@ def test_addresses_are_in_the_received_field(host: str, start: Callable[..., Dae
 
 
 def test_replies_are_not_held_back_for_more() -> None:
-    with msmtpd.listening_socket("127.0.0.1", 0) as listener:
-        with socket.create_connection(listener.getsockname()), listener.accept()[0] as accepted:
-            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    listener = msmtpd.listening_socket("127.0.0.1", 0)
+    with listener, socket.create_connection(listener.getsockname()), listener.accept()[0] as accepted:
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has abstract sockets")
@@ -1951,11 +1992,13 @@ SESSIONS_WITHOUT_A_MAIL = [  # what the client says, how the log puts it
     (b"EHLO x\r\nMAIL FROM:<a@b> SIZE=999999999\r\nQUIT\r\n", "552 5.3.4 Mail is too big"),
     (b"EHLO x\r\nRSET\r\nQUIT\r\n", ""),
     (b"FOO\r\n" + MAIL + b"QUIT\r\n", ""),
+    (b"FOO\r\n" + MAIL.replace(b"c@d", b"bad@d") + b"QUIT\r\n", ""),  # the mail's own line tells it
+    (MAIL.replace(b"c@d", b"bad@d") + b"FOO\r\n", "500 5.5.2 Command not recognized"),
 ]
 
 
 def test_a_session_that_comes_to_nothing_leaves_its_last_refusal_in_the_log(start: Callable[..., Daemon]) -> None:
-    daemon = start("--command=cat > /dev/null; :")
+    daemon = start("--command=cat > /dev/null; test bad@d !=")
     for octets, _ in SESSIONS_WITHOUT_A_MAIL:
         daemon.talk(octets)
     daemon.stop()
@@ -2225,7 +2268,7 @@ INETD_SESSIONS = [  # what the client sends, the replies, the exit status
 
 
 @pytest.mark.parametrize("octets, replies, status", INETD_SESSIONS)
-@pytest.mark.parametrize("kind", ["socket", "pipes", "file"])
+@pytest.mark.parametrize("kind", ["socket", "two sockets", "pipes", "file"])
 def test_an_inetd_session(kind: str, octets: bytes, replies: list[int], status: int, box: Box, tmp_path: Path) -> None:
     options = (f"--command={box.command}",)
     if kind == "socket":
@@ -2236,6 +2279,16 @@ def test_an_inetd_session(kind: str, octets: bytes, replies: list[int], status: 
             ours.sendall(octets)
             ours.shutdown(socket.SHUT_WR)
             output = read_all(ours)
+            error = process.communicate()[1]
+    elif kind == "two sockets":  # as Node.js makes pipes
+        (our_writer, their_reader), (our_reader, their_writer) = socket.socketpair(), socket.socketpair()
+        with our_writer, our_reader, their_reader, their_writer:
+            process = inetd(their_reader, their_writer, *options, env=box.environment)
+            their_reader.close()
+            their_writer.close()
+            our_writer.sendall(octets)
+            our_writer.shutdown(socket.SHUT_WR)
+            output = read_all(our_reader)
             error = process.communicate()[1]
     elif kind == "pipes":
         process = inetd(subprocess.PIPE, subprocess.PIPE, *options, env=box.environment)
@@ -2681,8 +2734,25 @@ def test_a_client_that_takes_no_replies_is_not_read_from_and_let_go(world: World
     other = world.call()
     assert other.say(HELO) == [220, 250]
     world.wait(301)
-    world.wait(2.1)
+    world.wait(10.1)
     assert connection not in world.server.connections
+
+
+def test_a_client_that_takes_its_last_replies_slowly_gets_them_all(world: World) -> None:
+    client = world.call()
+    client.say(HELO)
+    for _ in range(200):
+        client.pump(b"HELP\r\n" * 1000)
+        world.turn()
+    while client.pump(b"\r\nQUIT\r\n") < 8:
+        client.sock.recv(4096)
+        world.turn(100)
+    (connection,) = world.server.connections
+    heard = b""
+    while connection in world.server.connections or not heard.endswith(msmtpd.BYE):
+        world.wait(9.9)
+        heard += client.sock.recv(65536)
+    assert heard.endswith(b"\r\n" + msmtpd.BYE)
 
 
 def test_a_flood_of_commands_stays_bounded_and_lets_others_have_their_turn(world: World) -> None:
@@ -2828,12 +2898,32 @@ def test_a_client_that_leaves_while_its_mail_waits_has_sent_it(
         gone.hear()
     gone.sock.close()
     world.turn()
-    assert len(world.server.connections) == 1 + replies_read  # writing to it has failed
+    assert len(world.server.connections) == 2  # its place is taken until the mail is through
     world.end(0)
     world.end(1)
     assert [content[-3:] for content in world.held.contents] == [b"\nx\n"] * 2
+    assert len(world.server.connections) == 1
     assert world.held.recipients == [b"first@x", b"gone@x"] and first.hear()[-1] == 250
     assert world.logged("to=<gone@x> count=1") == 1
+
+
+def test_a_mail_whose_turn_does_not_come_in_time_is_answered_while_the_client_is_there(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(msmtpd, "MAX_COMMANDS", 1)
+    first, second, third = world.call(), world.call(), world.call()
+    first.say(HELO + mail_to("first@x"))
+    second.say(HELO + mail_to("second@x"))
+    world.wait(100)
+    third.say(HELO + mail_to("third@x"))
+    second.hear()
+    world.wait(500.1)  # the first one gets its SIGTERM
+    assert second.read() == b"451 4.3.0 No command was free in time\r\n" and third.hear() == []
+    world.reap(world.held.pids[0])
+    assert first.hear()[-1] == 451 and len(world.held.pids) == 2
+    world.end(1)
+    assert third.hear() == [250] and world.held.recipients == [b"first@x", b"third@x"]
+    assert second.say(mail_to("again@x")) == [250, 250, 354]
 
 
 STUBBORN = """trap '' TERM; sh -c 'trap "" TERM; echo kept me; while :; do sleep 1; done' & wait; wait; :"""
@@ -3129,7 +3219,7 @@ def test_a_stop_does_not_wait_for_a_client_that_takes_no_replies(world: World) -
         client.pump(b"HELP\r\n" * 20000)
         world.turn()
     world.server.stop()
-    world.wait(msmtpd.LINGER_TIMEOUT)
+    world.wait(msmtpd.FLUSH_TIMEOUT)
     assert not world.server.connections
 
 
@@ -5187,8 +5277,9 @@ LIMITS = [  # in the order of the manual page, with words of its text
     (msmtpd.CROWDED_TIMEOUT, "while clients have to wait"),
     (msmtpd.CROWDED_TIMEOUT, "once they need not any more"),
     (msmtpd.DATA_SECONDS_PER_OCTET * 1024, "seconds that a KiB"),
-    (msmtpd.COMMAND_TIMEOUT, "seconds that a command may run"),
+    (msmtpd.DELIVERY_TIMEOUT, "seconds from the end of a mail"),
     (msmtpd.KILL_DELAY, "SIGTERM to its SIGKILL"),
+    (msmtpd.FLUSH_TIMEOUT, "go on taking its last replies"),
     (msmtpd.STOP_TIMEOUT, "open transactions"),
     (msmtpd.THROTTLE_SECONDS, "after a failed authentication"),
     (msmtpd.THROTTLE_DELAY, "second by which"),
@@ -5213,7 +5304,7 @@ def test_limits_in_the_readme() -> None:
         f"{msmtpd.MAX_SESSIONS} sessions and {msmtpd.MAX_COMMANDS} commands at once (more clients wait), "
         f"{msmtpd.MAX_RECIPIENTS} recipients, {msmtpd.MAX_MAIL_SIZE >> 20} MiB per mail (`--max-size`), "
         f"{msmtpd.IDLE_TIMEOUT / 60:.0f} minutes without progress, "
-        f"{msmtpd.COMMAND_TIMEOUT / 60:.0f} minutes per command."
+        f"{msmtpd.DELIVERY_TIMEOUT / 60:.0f} minutes from the end of a mail to the end of its command."
     )
 
 
