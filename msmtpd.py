@@ -1187,8 +1187,9 @@ def last_lines(output: bytes, utf8: bool) -> list[str]:
 # ---- Log -------------------------------------------------------------------
 #
 # A line is written at once or not at all; one that a full disk has cut gets its
-# end before the next.  Failing to write one never disturbs a mail.  Text that comes from a client or a command goes
-# through printable(): nobody forges a line or an escape sequence.
+# end before the next.  Failing to write one never disturbs a mail.  Text that
+# comes from a client or a command goes through printable(): nobody forges a line
+# or an escape sequence.
 
 
 def printable(text: bytes) -> str:
@@ -2011,7 +2012,7 @@ class Delivery:
             self._release()
         elif self._timed_out:
             # Even if it exits with 0 now: a script may do so when the program in it has been killed.
-            self._finish(b"451 4.3.0", f"Command took longer than {DELIVERY_TIMEOUT:.0f} seconds")
+            self._finish(b"451 4.3.0", f"Command was still running {DELIVERY_TIMEOUT:.0f} seconds after the mail")
         else:
             self._finish(*judge(os.waitstatus_to_exitcode(status)))
 

@@ -2940,7 +2940,7 @@ def test_a_command_that_takes_too_long_is_ended_with_all_it_has_started(make_wor
     assert client.hear() == []
     world.wait(1.1)
     world.reap(pid)
-    assert client.read() == b"451 4.3.0 Command took longer than 600 seconds\r\n"
+    assert client.read() == b"451 4.3.0 Command was still running 600 seconds after the mail\r\n"
     wait_until(lambda: not group_members(pid))
 
 
