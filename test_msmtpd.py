@@ -428,6 +428,15 @@ def test_a_spool_stays_in_memory_while_it_is_small_and_is_then_an_unlinked_file(
         assert spooled(spool) == content
 
 
+def test_a_spool_that_is_closed_twice_closes_nobody_elses_file() -> None:
+    spool = msmtpd.Spool()
+    spool.write(b"x" * (msmtpd.SPOOL_MEMORY + 1))
+    spool.close()
+    with open(os.devnull) as file:  # has the same descriptor now
+        spool.close()
+        assert os.fstat(file.fileno())
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_a_file_has_no_name_from_the_start_where_the_system_knows_how(
     known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -1250,6 +1259,7 @@ COMMANDS = [  # command, what it prints for sender a@b and recipients c@d e@f
     ("printf '%s,' %F", "a@b,c@d,e@f,"),
     ("printf '%s,' %F --\n", "a@b,--,c@d,e@f,"),
     ("printf '%s,' \"%F\"", "a@b,c@d,e@f,"),
+    ("'printf' '%s,' \"%F\"", "a@b,c@d,e@f,"),
     ("printf '%s,' '%F'", "a@b,c@d,e@f,"),
     ("printf '%s,' x%Fy 'x%Fy'", "xa@by,x%Fy,c@d,e@f,"),
     ("printf '%s,' \"x%Fy\"", "xa@by,c@d,e@f,"),
@@ -2740,19 +2750,18 @@ def test_a_client_that_takes_no_replies_is_not_read_from_and_let_go(world: World
 
 def test_a_client_that_takes_its_last_replies_slowly_gets_them_all(world: World) -> None:
     client = world.call()
-    client.say(HELO)
-    for _ in range(200):
-        client.pump(b"HELP\r\n" * 1000)
-        world.turn()
-    while client.pump(b"\r\nQUIT\r\n") < 8:
-        client.sock.recv(4096)
-        world.turn(100)
     (connection,) = world.server.connections
+    assert connection._sock is not None
+    connection._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    began = world.now
+    client.pump(HELO + b"HELP\r\n" * 700 + b"QUIT\r\n")
+    world.turn(10)
     heard = b""
-    while connection in world.server.connections or not heard.endswith(msmtpd.BYE):
-        world.wait(9.9)
+    while connection in world.server.connections:
         heard += client.sock.recv(65536)
-    assert heard.endswith(b"\r\n" + msmtpd.BYE)
+        world.wait(9.9)
+    assert world.now > began + 2 * msmtpd.FLUSH_TIMEOUT
+    assert (heard + client.read()).endswith(msmtpd.HELP + msmtpd.BYE)
 
 
 def test_a_flood_of_commands_stays_bounded_and_lets_others_have_their_turn(world: World) -> None:
@@ -2803,13 +2812,29 @@ def test_a_client_that_floods_after_the_end_is_dropped(world: World) -> None:
 
 
 @pytest.mark.parametrize("octets, lines", [(DATA + b"x", 1), (HELO + b"MAIL FROM:<a@b>\r\n", 1), (HELO, 0)])
-def test_a_client_that_leaves_in_the_middle_of_a_mail_is_logged(world: World, octets: bytes, lines: int) -> None:
+@pytest.mark.parametrize("how", ["left", "vanished"])
+def test_a_client_that_leaves_in_the_middle_of_a_mail_is_logged(
+    world: World, octets: bytes, lines: int, how: str
+) -> None:
     client = world.call()
-    client.say(octets)
+    client.sock.sendall(octets)
+    world.turn()
+    if how == "left":
+        client.hear()  # or else the connection is reset
     client.sock.close()
     world.turn()
     assert not world.server.connections
-    assert world.logged("client left in the middle of a mail") == lines
+    assert world.logged(f"client {how} in the middle of a mail") == len(world.lines) == lines
+
+
+def test_a_client_that_talks_during_its_delivery_does_not_make_the_loop_spin(world: World) -> None:
+    client = world.call()
+    client.say(HELO + mail_to("c@d"))
+    client.pump(b"NOOP\r\n")
+    world.turn()
+    assert world.selector.select() == []
+    world.end(0)
+    assert client.hear() == [250, 250]
 
 
 def test_a_session_that_has_ended_keeps_no_input(world: World) -> None:
@@ -2981,6 +3006,19 @@ def test_a_stopped_command_is_ended_by_its_time_limit_as_well(make_world: Callab
     assert client.hear() == [451]
 
 
+def test_what_a_command_has_printed_when_it_ends_is_no_leftover(
+    make_world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adopted: list[int] = []
+    monkeypatch.setattr(msmtpd.Queue, "adopt", lambda queue, output: adopted.append(output))
+    world = make_world(command="echo because; exit 65; :")
+    client = world.call()
+    client.say(HELO + mail_to("c@d"))
+    (delivery,) = world.server.queue.running
+    world.reap(delivery._pid)
+    assert client.read().endswith(b"554 5.3.0 because\r\n") and not adopted
+
+
 def test_what_a_command_leaves_running_delays_nothing(make_world: Callable[..., World]) -> None:
     world = make_world(command="echo started; sleep 1000 & exit 75; :")
     client = world.call()
@@ -3060,6 +3098,7 @@ def test_a_server_without_descriptors_rests_and_recovers_with_one_line_each(worl
         world.wait(1.01)
         assert old.say(b"NOOP\r\n")[-1] == 250
     world.turn(50)  # it rests
+    assert world.selector.select() == []  # and does not spin
     assert sock.calls <= 15 and client.hear() == []
     assert world.logged("cannot accept clients for now") == 1
     sock.error = 0
@@ -3487,6 +3526,9 @@ def test_a_log_that_moves_away_and_signals_lose_neither_mails_nor_lines(start: C
         wait_until(log.exists)
     for thread in threads:
         thread.join()
+    log.rename(log.with_suffix(".last"))
+    daemon.process.send_signal(signal.SIGHUP)
+    wait_until(log.exists)  # without a line to write
     lines = "".join(path.read_text() for path in box.directory.glob("log*"))
     assert lines.count("mail from=<a@b>") == len(counted(box)) == 80 == len(set(counted(box)))
 
