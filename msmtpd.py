@@ -1982,7 +1982,7 @@ class Delivery:
         return self._deadline
 
     def expire(self) -> None:
-        """End a command that takes too long, with all that it has started, or give up to wait for one."""
+        """End a command that takes too long, with all that it has started, or give up waiting for its turn."""
         if self._queue.withdraw(self):
             self._mail.spool.close()
             self._finish(b"451 4.3.0", "No command was free in time")
