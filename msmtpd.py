@@ -87,6 +87,7 @@ CROWDED_TIMEOUT = 10.0  # the same while clients have to wait, and for this long
 DATA_SECONDS_PER_OCTET = 10.0 / 1024  # mail data slower than 1 KiB in 10 s is no progress
 DELIVERY_TIMEOUT = 600.0  # from the end of a mail: clients wait that long, RFC 5321 4.5.3.2.6
 KILL_DELAY = 10.0  # between SIGTERM and SIGKILL for a command
+OUTPUT_DELAY = 0.1  # before we watch what a command prints: most have ended by then
 STOP_TIMEOUT = 60.0  # for open transactions after SIGTERM
 FLUSH_TIMEOUT = 10.0  # for the client to go on taking our last replies
 LINGER_TIMEOUT = 2.0  # for it to close after them
@@ -1489,7 +1490,7 @@ class Server:
         self.connections.add(connection)
         if len(self.connections) >= self.max_sessions:
             self._crowd(f"all {self.max_sessions} sessions are taken, further clients wait")
-        self._admit()
+            self._admit()
         self.loop.add_timed(connection)
         self.loop.guard(connection, connection.resume)
         return connection
@@ -1498,7 +1499,8 @@ class Server:
         """Forget a session, which makes room for another."""
         self.connections.discard(connection)
         self.loop.remove_timed(connection)
-        self._admit()
+        if len(self.connections) == self.max_sessions - 1:
+            self._admit()
 
     def _crowd(self, reason: str) -> None:
         """Lose patience with idle clients, until nobody has had to wait for a while."""
@@ -1920,6 +1922,7 @@ class Delivery:
         self._output = self._output_end = -1  # both ends of the pipe for the command's output, while it runs
         self._tail = b""  # of that output
         self._deadline = self._received + DELIVERY_TIMEOUT
+        self._watching = False  # its output; what is printed before is still in the pipe
         self._timed_out = False
         self._crashed = False  # we have: nobody waits for the outcome
 
@@ -1935,7 +1938,8 @@ class Delivery:
             return
         finally:
             self._mail.spool.close()
-        loop.watch(self._output, READ, self)
+        self._deadline = loop.now + OUTPUT_DELAY
+        loop.schedule(self._deadline)
 
     def _spawn(self) -> None:
         envelope = self._mail.envelope
@@ -1982,16 +1986,21 @@ class Delivery:
         return self._deadline
 
     def expire(self) -> None:
-        """End a command that takes too long, with all that it has started, or give up waiting for its turn."""
+        """Watch a command's output, end one that takes too long, or give up waiting for its turn."""
         if self._queue.withdraw(self):
             self._mail.spool.close()
             self._finish(b"451 4.3.0", "No command was free in time")
+        elif self._pid and not self._watching:
+            self._watching = True
+            self._queue.loop.watch(self._output, READ, self)
+            self._deadline = self._received + DELIVERY_TIMEOUT
         elif self._pid:
-            self._kill(signal.SIGKILL if self._timed_out else signal.SIGTERM)
+            self._kill_group(signal.SIGKILL if self._timed_out else signal.SIGTERM)
             self._timed_out = True
             self._deadline = self._queue.loop.now + KILL_DELAY
 
-    def _kill(self, number: int) -> None:
+    def _kill_group(self, number: int) -> None:
+        """Send a signal to the command and all that it has started."""
         try:
             os.killpg(self._pid, number)
         except OSError:
@@ -2005,7 +2014,7 @@ class Delivery:
         if not pid:
             return
         if self._timed_out or self._crashed:
-            self._kill(signal.SIGKILL)  # what is left of its group
+            self._kill_group(signal.SIGKILL)  # what is left of its group
         self._pid = 0
         self._end_output()
         if self._crashed:
@@ -2052,7 +2061,7 @@ class Delivery:
         """Tell the client, and leave no process behind whose outcome nobody would tell."""
         if self._pid:
             self._crashed = True
-            self._kill(signal.SIGKILL)
+            self._kill_group(signal.SIGKILL)
         else:
             self._release()
         self._connection.crash()

@@ -2982,6 +2982,7 @@ def test_a_command_that_ignores_sigterm_is_killed_ten_seconds_later(make_world: 
         world.turn()
         return b"kept me" in delivery._tail
 
+    world.wait(msmtpd.OUTPUT_DELAY)
     wait_until(stubborn)
     world.wait(600.1)
     world.wait(9.8)
@@ -3019,6 +3020,29 @@ def test_what_a_command_has_printed_when_it_ends_is_no_leftover(
     (delivery,) = world.server.queue.running
     world.reap(delivery._pid)
     assert client.read().endswith(b"554 5.3.0 because\r\n") and not adopted
+
+
+def test_the_output_of_a_command_is_watched_once_it_takes_its_time(make_world: Callable[..., World]) -> None:
+    """Before that it is in the pipe, and a command that fills it waits."""
+    world = make_world(command="head -c 200000 /dev/zero | tr '\\0' x; exit 75; :")
+    client = world.call()
+    watched = len(world.selector.get_map())
+    client.say(HELO + mail_to("c@d"))
+    (delivery,) = world.server.queue.running
+    assert len(world.selector.get_map()) == watched
+    world.wait(0.09)
+    assert len(world.selector.get_map()) == watched
+    world.wait(0.011)
+    assert len(world.selector.get_map()) == watched + 1
+
+    def ended() -> bool:
+        world.turn()
+        return os.waitid(os.P_PID, delivery._pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+
+    wait_until(ended)
+    world.reap()
+    assert client.read().startswith(b"451") and delivery._tail == b"x" * msmtpd.OUTPUT_TAIL
+    assert len(world.selector.get_map()) == watched
 
 
 def test_what_a_command_leaves_running_delays_nothing(make_world: Callable[..., World]) -> None:
