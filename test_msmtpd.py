@@ -2437,6 +2437,7 @@ class World:
     def turn(self, times: int = 5) -> None:
         for _ in range(times):
             self.loop.turn()
+            self.server.settle()
 
     def wait(self, seconds: float) -> None:
         """Let time pass, all at once."""
@@ -2617,6 +2618,7 @@ def test_clients_beyond_the_limit_wait_and_are_served_in_their_order(world: Worl
     assert world.logged("no longer wait") == 0
     for client in clients:
         client.sock.close()
+    world.turn()
     world.wait(msmtpd.CROWDED_TIMEOUT)
     assert world.logged("no longer wait") == 1 and not world.server.connections
 
@@ -2773,18 +2775,42 @@ def test_a_flood_of_commands_stays_bounded_and_lets_others_have_their_turn(world
     client.read()
     for _ in range(200):
         client.pump(commands)
-        world.loop.turn()
+        world.turn(1)
         assert len(codes(client.read())) <= msmtpd.TURN_STEPS
         assert len(connection._session._input) <= 2 * msmtpd.RECEIVE_SIZE
     other = world.call()
     assert other.say(HELO + b"NOOP\r\n") == [220, 250, 250]
 
 
+def test_a_turn_takes_all_input_then_sends_the_replies_then_starts_commands(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    def noting(what: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*arguments: Any) -> Any:
+            order.append(what)
+            return method(*arguments)
+
+        return noted
+
+    clients = [world.call() for _ in range(3)]
+    head, data, text = mail_to("c@d").partition(b"DATA\r\n")
+    assert clients[0].say(HELO + head + data)[-1] == 354
+    monkeypatch.setattr(msmtpd.Connection, "_receive", noting("input", msmtpd.Connection._receive))
+    monkeypatch.setattr(msmtpd.Connection, "_write", noting("reply", msmtpd.Connection._write))
+    monkeypatch.setattr(world.held, "start", noting("command", world.held.start))
+    for client, octets in zip(clients, (text, b"NOOP\r\n", b"NOOP\r\n")):
+        client.sock.sendall(octets)
+    world.turn(1)
+    assert order == ["input"] * 3 + ["reply"] * 2 + ["command"]
+
+
 def test_a_flood_is_worked_off_to_its_end(world: World) -> None:
     client, heard = world.call(), 0
     client.pump(b"NOOP\r\n" * 5000)
     for _ in range(5000 // msmtpd.TURN_STEPS + 2):
-        world.loop.turn()
+        world.turn(1)
         heard += len(client.hear())
     assert heard == 5001
 
