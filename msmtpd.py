@@ -1683,7 +1683,7 @@ class Connection:
     # Actions
 
     def resume(self) -> None:
-        """Perform what the session wants until it needs input, must wait, or its turn is over; see settle()."""
+        """Perform what the session wants until it needs input, must wait, or its turn is over; settle() follows."""
         for _ in range(TURN_STEPS):
             if self._phase != OPEN or len(self._replies) > REPLY_BUFFER:
                 break

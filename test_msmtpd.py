@@ -2609,6 +2609,7 @@ def test_clients_beyond_the_limit_wait_and_are_served_in_their_order(world: Worl
     port = world.listen()
     clients = [world.connect(port) for _ in range(7)]
     assert [client.hear() for client in clients] == [[220]] * 4 + [[]] * 3
+    assert world.selector.select() == []  # it does not spin while they wait
     for gone, served in ((2, 4), (0, 5), (4, 6)):
         assert clients[gone].say(b"QUIT\r\n") == [221]
         clients[gone].sock.close()
