@@ -18,6 +18,7 @@ import contextlib
 import email
 import errno
 import fcntl
+import gc
 import hashlib
 import hmac
 import itertools
@@ -41,6 +42,7 @@ import textwrap
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -2827,6 +2829,44 @@ def test_a_client_that_reads_late_gets_every_reply(world: World) -> None:
         heard += client.read().count(b"\n")
         world.turn(1)
     assert heard == 10_001
+
+
+def test_a_reader_of_a_pipe_that_is_late_gets_every_reply_as_well(world: World) -> None:
+    """Descriptors 0 and 1 of an inetd session need not be one."""
+    (reader, client_writer), (client_reader, writer) = os.pipe(), os.pipe()
+    heard = b""
+    try:
+        for descriptor in (reader, writer, client_reader):
+            os.set_blocking(descriptor, False)
+        connection = world.server.begin(reader, writer, None, "")
+        os.write(client_writer, b"HELP\r\n" * 5000 + b"QUIT\r\n")
+        world.turn(500)
+        assert len(connection._replies) > msmtpd.REPLY_BUFFER
+        assert world.selector.select() == []  # it does not spin
+        while connection in world.server.connections:
+            heard += os.read(client_reader, 65536)
+            world.turn(1)
+        with contextlib.suppress(BlockingIOError):
+            heard += os.read(client_reader, 65536)
+    finally:
+        for descriptor in (reader, client_writer, client_reader, writer):
+            os.close(descriptor)
+    assert heard == msmtpd.GREETING + msmtpd.HELP * 5000 + msmtpd.BYE
+
+
+def test_a_session_that_has_ended_leaves_nothing_behind(world: World) -> None:
+    """Nor does it take the garbage collector to find that out."""
+    client = world.call()
+    client.say(HELO + mail_to("c@d"))
+    connection = weakref.ref(next(iter(world.server.connections)))
+    delivery = weakref.ref(next(iter(world.server.queue.running)))
+    gc.disable()
+    try:
+        world.end(0)
+        assert client.say(b"QUIT\r\n") == [250, 221]
+        assert connection() is None and delivery() is None
+    finally:
+        gc.enable()
 
 
 def test_a_client_that_floods_after_the_end_is_dropped(world: World) -> None:
