@@ -3441,6 +3441,19 @@ def test_a_second_stop_ends_at_once(world: World) -> None:
     assert end.value.code == 1
 
 
+def test_a_mail_that_is_delivered_just_before_a_second_stop_is_answered(world: World) -> None:
+    client, other = world.call(), world.call()
+    client.say(HELO + mail_to("c@d"))
+    other.say(HELO + mail_to("c@d"))
+    world.server.stop()
+    world.held.end(0, 0)
+    os.waitid(os.P_PID, world.held.pids[0], os.WEXITED | os.WNOWAIT)
+    world.server.queue.reap()
+    with pytest.raises(SystemExit):
+        world.server.stop()
+    assert client.hear()[-2:] == [250, 421] and other.hear() == []
+
+
 # ---- Faults, load and limits: as processes ---------------------------------
 
 
