@@ -1514,11 +1514,11 @@ class Server:
         self._crowded_until = self.loop.now + CROWDED_TIMEOUT
 
     def _relax(self) -> None:
+        self._crowded_until = self.loop.now + CROWDED_TIMEOUT
+        self._admit()  # which may have failed when the time came
         if self.admits:
             self._crowded_until = NEVER
             self.log.write("info", "clients no longer wait")
-        else:
-            self._crowded_until = self.loop.now + CROWDED_TIMEOUT
 
     @property
     def patience(self) -> float:

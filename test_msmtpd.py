@@ -3205,6 +3205,21 @@ def test_a_server_without_descriptors_rests_and_recovers_with_one_line_each(worl
     assert old.say(b"NOOP\r\n") == client.say(b"NOOP\r\n") == [250]
 
 
+def test_a_listener_that_cannot_be_watched_again_is_tried_later(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """epoll_ctl(2) needs memory, which may have run out just then."""
+    world.server.max_sessions = 1
+    port = world.listen()
+    first = world.connect(port)
+    second = world.connect(port)
+    with monkeypatch.context() as patch:
+        patch.setattr(world.selector, "register", fail_with(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))))
+        first.sock.close()
+        world.turn()
+    assert not world.server.connections and second.hear() == []
+    world.wait(msmtpd.CROWDED_TIMEOUT + 0.1)
+    assert second.hear() == [220]
+
+
 def test_silent_clients_are_let_go_soon_where_descriptors_have_run_out(world: World) -> None:
     sock = FickleSocket()
     port = world.listen(sock)
