@@ -87,7 +87,7 @@ CROWDED_TIMEOUT = 10.0  # the same while clients have to wait, and for this long
 DATA_SECONDS_PER_OCTET = 10.0 / 1024  # mail data slower than 1 KiB in 10 s is no progress
 DELIVERY_TIMEOUT = 600.0  # from the end of a mail: clients wait that long, RFC 5321 4.5.3.2.6
 KILL_DELAY = 10.0  # between SIGTERM and SIGKILL for a command
-OUTPUT_DELAY = 0.1  # before we watch what a command prints: most have ended by then
+OUTPUT_DELAY = 0.1  # before we watch what a command prints: quick ones have ended by then
 STOP_TIMEOUT = 60.0  # for open transactions after SIGTERM
 FLUSH_TIMEOUT = 10.0  # for the client to go on taking our last replies
 LINGER_TIMEOUT = 2.0  # for it to close after them
@@ -101,6 +101,7 @@ RECEIVE_SIZE = 65536  # more makes malloc map and unmap memory at every receive
 SPOOL_MEMORY = 32768  # of a mail before it goes to a file; also fits into a pipe
 REPLY_BUFFER = 65536  # of replies not yet taken by the client, before we stop reading
 OUTPUT_TAIL = 4096  # of what the command prints, kept for reply and log
+MAX_PIPE = 1048576  # of a command's output in a pipe: 16 pages, which are of 64 KiB at most
 TURN_STEPS = 64  # of one session, before the others have their turn
 LOG_FIELD = 512  # characters of a client's or a command's text in a log line
 
@@ -1444,8 +1445,9 @@ class Loop:
 # their turn; Delivery runs the command for one, Leftover reads what is printed
 # after that.  Signals turns signals into events.
 #
-# In a turn of the loop all input is worked off, then all replies are sent, then
-# commands are started: Server.settle().
+# In a turn of the loop every session that has input gets its share of work, then
+# all replies are sent, then commands are started: Server.settle().  Only the last
+# words of a session that we end are sent at once.
 #
 # Back-pressure is one rule: while a delivery or a pause is pending, or the
 # client does not take its replies, nothing is read from it.
@@ -1503,7 +1505,7 @@ class Server:
         """Forget a session, which makes room for another."""
         self.connections.discard(connection)
         self.loop.remove_timed(connection)
-        if len(self.connections) == self.max_sessions - 1:
+        if len(self.connections) == self.max_sessions - 1:  # the first free place
             self._admit()
 
     def _crowd(self, reason: str) -> None:
@@ -1545,7 +1547,7 @@ class Server:
 
     def run(self) -> None:
         """Serve until there is nothing left: no listener, no session, no command."""
-        self.settle()
+        self.settle()  # the greeting of an inetd session, which has begun by now
         while self._listeners or self.connections or self.queue.busy:
             self.loop.turn()
             self.settle()
@@ -1554,7 +1556,8 @@ class Server:
         """End a turn: send the replies, then start commands.
 
         Replies sent one after the other wake the clients less often, and the clients get on
-        while the commands are started.  It saves a tenth of the CPU time of a mail.
+        while the commands are started.  It saves a tenth of the CPU time of a mail.  Nothing
+        that runs here may call Connection.resume(): its replies would wait for the next turn.
         """
         self._send_replies()
         self.queue.start()
@@ -1661,6 +1664,7 @@ class Connection:
         if events & READ and self._phase in (OPEN, DRAINING):
             self._receive()
         else:
+            self._flush()  # now: this may be the turn in which the time for it is over
             self.resume()
             self._watch()
 
@@ -1687,7 +1691,10 @@ class Connection:
     # Actions
 
     def resume(self) -> None:
-        """Perform what the session wants until it needs input, must wait, or its turn is over; settle() follows."""
+        """Perform what the session wants until it needs input, must wait, or its turn is over.
+
+        The replies are sent by settle().
+        """
         for _ in range(TURN_STEPS):
             if self._phase != OPEN or len(self._replies) > REPLY_BUFFER:
                 break
@@ -1942,8 +1949,8 @@ class Delivery:
         self._pid = 0  # while it runs
         self._output = self._output_end = -1  # both ends of the pipe for the command's output, while it runs
         self._tail = b""  # of that output
-        self._deadline = self._received + DELIVERY_TIMEOUT
-        self._watching = False  # its output; what is printed before is still in the pipe
+        self._deadline = self._received + DELIVERY_TIMEOUT  # for what expire() does next
+        self._watching = False  # whether we watch its output, which is in the pipe until then
         self._timed_out = False
         self._crashed = False  # we have: nobody waits for the outcome
 
@@ -1955,7 +1962,7 @@ class Delivery:
             self._spawn()
         except OSError as error:
             self._tail = os.fsencode(error.strerror or "")
-            loop.resume_later(self)  # for the reply, as if it had exited at once
+            loop.resume_later(self)  # for the reply: those of this turn have been sent
             return
         finally:
             self._mail.spool.close()
@@ -1966,7 +1973,7 @@ class Delivery:
         envelope = self._mail.envelope
         stdin = self._mail.spool.open()
         try:
-            # We keep the other end too, or its EOF would wake us just before SIGCHLD does.
+            # We keep the other end too, or its EOF would wake us just before SIGCHLD does, once we watch.
             self._output, self._output_end = os.pipe()
             os.set_blocking(self._output, False)
             self._pid = self._queue.command.start(envelope.sender, envelope.recipients, stdin, self._output_end)
@@ -1996,7 +2003,8 @@ class Delivery:
         os.close(self._output_end)
         more = False
         try:
-            more = self._read_output(output) and self._read_output(output)  # the text, and its end
+            # Up to the end, but not for ever: the biggest pipe (16 pages of 64 KiB), and its end.
+            more = all(self._read_output(output) for _ in range(MAX_PIPE // RECEIVE_SIZE + 1))
         finally:
             if more:
                 self._queue.adopt(output)

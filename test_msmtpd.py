@@ -2766,7 +2766,7 @@ def test_a_client_that_takes_its_last_replies_slowly_gets_them_all(world: World)
     heard = b""
     while connection in world.server.connections:
         heard += client.sock.recv(65536)
-        world.wait(9.9)
+        world.wait(10.0)  # it reads on in the last moment, each time
     assert world.now > began + 2 * msmtpd.FLUSH_TIMEOUT
     assert (heard + client.read()).endswith(msmtpd.HELP + msmtpd.BYE)
 
@@ -3074,6 +3074,18 @@ def test_a_stopped_command_is_ended_by_its_time_limit_as_well(make_world: Callab
     world.wait(10.1)
     world.reap(pid)
     assert client.hear() == [451]
+
+
+def test_the_reason_is_found_at_the_end_of_a_big_pipe(make_world: Callable[..., World]) -> None:
+    """A pipe has 16 pages, which are not of 4 KiB everywhere."""
+    world = make_world(command="head -c 330000 /dev/zero | tr '\\0' x; echo; echo THE REASON; exit 75; :")
+    client = world.call()
+    client.say(HELO + mail_to("c@d"))
+    (delivery,) = world.server.queue.running
+    set_pipe_size = 1031  # fcntl.F_SETPIPE_SZ, which Python 3.9 does not name
+    fcntl.fcntl(delivery._output_end, set_pipe_size, msmtpd.MAX_PIPE)
+    world.reap(delivery._pid)
+    assert client.read().endswith(b"451 4.3.0 THE REASON\r\n") and not world.server.queue.leftovers
 
 
 def test_what_a_command_has_printed_when_it_ends_is_no_leftover(
