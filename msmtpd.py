@@ -137,7 +137,7 @@ LINE_TOO_LONG = b"500 5.5.2 Line too long\r\n"
 NAME_MISSING = b"501 Say your name: EHLO name\r\n"
 SENDER_SYNTAX = b"501 5.5.4 Syntax: MAIL FROM:<address>\r\n"
 RECIPIENT_SYNTAX = b"501 5.5.4 Syntax: RCPT TO:<address>\r\n"
-ADDRESS_SYNTAX = b"501 5.1.3 Address has an unmatched bracket\r\n"
+ADDRESS_SYNTAX = b"501 5.1.3 Address needs the form <user@host>, without a name\r\n"
 PARAMETER_SYNTAX = b"501 5.5.4 Parameter has a bad value\r\n"
 NO_ARGUMENT = b"501 5.5.4 No argument allowed\r\n"
 AUTH_SYNTAX = b"501 5.5.4 Syntax: AUTH mechanism [initial response]\r\n"
@@ -154,7 +154,7 @@ UNKNOWN_MECHANISM = b"504 5.5.4 Authentication mechanism not supported\r\n"
 AUTH_REQUIRED = b"530 5.7.0 Authentication required\r\n"
 AUTH_FAILED = b"535 5.7.8 Wrong user name or password\r\n"
 MAIL_TOO_BIG = b"552 5.3.4 Mail is too big\r\n"
-BAD_ADDRESS = b"553 5.1.3 Address has a character that is not allowed, or a bad length\r\n"
+BAD_ADDRESS = b"553 5.1.3 Address has a character, a form or a length that is not allowed\r\n"
 NEEDS_SMTPUTF8 = b"553 5.6.7 Address needs SMTPUTF8\r\n"
 NOT_FOR_COMMAND = b"553 5.1.7 Address has a character that this server's command cannot take\r\n"
 MAIL_LOOP = b"554 5.4.6 Mail loop, the command sends mails back to msmtpd\r\n"
@@ -186,27 +186,27 @@ _NON_ASCII = bytes(range(128, 256))
 def split_path(argument: bytes, keyword: bytes, syntax: Reply) -> tuple[bytes, bytes]:
     """Split ``FROM:<path> parameters`` into the bare path and the parameters.
 
-    Blanks after the colon and a path without brackets are tolerated, and a
-    source route is dropped (RFC 5321 appendix C).
+    Blanks after the colon and a path without brackets are tolerated, a source
+    route is dropped (RFC 5321 appendix C), and so are quotes without need.
     """
-    if argument[: len(keyword)].upper() != keyword:
-        raise Refused(syntax)
     rest = argument[len(keyword) :].strip()
-    if rest.startswith(b"<"):
-        path, bracket, parameters = rest[1:].partition(b">")
-        if not bracket:
-            raise Refused(ADDRESS_SYNTAX)
-    else:
-        path, _, parameters = rest.partition(b" ")
-        if not path:
-            raise Refused(syntax)
-        if b">" in path:
-            raise Refused(ADDRESS_SYNTAX)
+    if argument[: len(keyword)].upper() != keyword or not rest:
+        raise Refused(syntax)
+    enclosed = rest.startswith(b"<")
+    path, end, parameters = rest[enclosed:].partition(b">" if enclosed else b" ")
+    keywords = [word.partition(b"=")[0].replace(b"-", b"") for word in parameters.split()]
+    if (enclosed and not end) or b"<" in path or b">" in path or not all(map(bytes.isalnum, keywords)):
+        raise Refused(ADDRESS_SYNTAX)
     if path.startswith(b"@"):
-        path = path.partition(b":")[2]
-        if not path:
-            raise Refused(BAD_ADDRESS)
-    return path, parameters
+        path = path.partition(b":")[2] or path
+    return unquote(path), parameters
+
+
+def unquote(path: bytes) -> bytes:
+    """Take off quotes that change nothing (RFC 5322 3.4.1); those that are needed stay, and get refused."""
+    local, end, domain = path[1:].partition(b'"')
+    needless = local and end and not local.translate(None, _ALLOWED.replace(b"@", b"") + _NON_ASCII)
+    return local + domain if needless and path[:1] == b'"' and domain[:1] in (b"", b"@") else path
 
 
 def check_address(address: bytes, utf8: bool) -> None:
@@ -214,8 +214,13 @@ def check_address(address: bytes, utf8: bool) -> None:
 
     A leading ``-`` could be taken for an option by the command; ``#`` and
     ``~`` begin a comment and a home directory if a shell comes by once more.
+    A slash at the beginning, ``..`` and, where there is no domain, any slash
+    or a leading ``+`` would name a file to ``cat >> box/%F`` or to mailx.
     """
-    if not 1 <= len(address) <= MAX_ADDRESS or address.startswith((b"-", b"#", b"~")):
+    misleading = address.startswith((b"-", b"#", b"~", b"/", b"@")) or b".." in address.split(b"/")
+    if b"@" not in address:
+        misleading |= b"/" in address or address.startswith(b"+")
+    if misleading or address.endswith(b"@") or not 1 <= len(address) <= MAX_ADDRESS:
         raise Refused(BAD_ADDRESS)
     if address.translate(None, _ALLOWED + _NON_ASCII):
         raise Refused(BAD_ADDRESS)
