@@ -464,7 +464,8 @@ def received_field(name: bytes, client: str, server: str, protocol: str, date: f
 # without base64) and returns whether they were right.  It raises Refused for
 # what is malformed.  Nothing that the client sent is kept or logged.
 #
-# User and password are both compared, in constant time, whatever comes first.
+# User and password are both compared, in constant time, whatever comes first,
+# and prepare()d on both sides: letters may be typed in more ways than one.
 # All four mechanisms work without TLS, which there is none of on loopback;
 # CRAM-MD5 and SCRAM serve clients that refuse to send a password without it.
 
@@ -474,32 +475,43 @@ class Credentials:
 
     def __init__(self, user: str, password: bytes) -> None:
         # Imported now: later there may be no descriptor left to read the modules with.
-        import hashlib  # noqa: F401
+        import hashlib
         import hmac  # noqa: F401
-        import unicodedata  # noqa: F401
+        import stringprep  # noqa: F401
 
-        self.user = user.encode(errors="surrogateescape")
+        self.user = prepare(user.encode(errors="surrogateescape"))
         self.password = password
+        self.prepared = prepare(password)
+        self.mechanisms = dict(MECHANISMS)
+        if not hasattr(hashlib, "pbkdf2_hmac"):  # a Python without OpenSSL
+            del self.mechanisms[b"SCRAM-SHA-256"]
         self._scram: tuple[bytes, bytes] | None = None
 
     def match(self, user: bytes, proof: bytes, expected: bytes) -> bool:
         """Compare in a time that tells nothing about where, or whether, which of them differs."""
         import hmac
 
-        return hmac.compare_digest(user, self.user) & hmac.compare_digest(proof, expected)
+        return hmac.compare_digest(prepare(user), self.user) & hmac.compare_digest(proof, expected)
 
     def scram(self) -> tuple[bytes, bytes]:
         """Return a salt and the salted password of RFC 5802, made at the first use."""
         if self._scram is None:
             import hashlib
-            import unicodedata
 
-            # What SASLprep (RFC 4013) makes of it on the client's side, but for its refusals.
-            text = self.password.decode(errors="surrogateescape")
-            password = unicodedata.normalize("NFKC", text).encode(errors="surrogateescape")
             salt = os.urandom(16)
-            self._scram = salt, hashlib.pbkdf2_hmac("sha256", password, salt, SCRAM_ITERATIONS)
+            self._scram = salt, hashlib.pbkdf2_hmac("sha256", self.prepared, salt, SCRAM_ITERATIONS)
         return self._scram
+
+
+def prepare(text: bytes) -> bytes:
+    """Return what SASLprep (RFC 4013) makes of a user name or a password, but for its refusals."""
+    import stringprep
+    import unicodedata
+
+    characters = [c for c in text.decode(errors="surrogateescape") if not stringprep.in_table_b1(c)]
+    mapped = "".join(" " if stringprep.in_table_c12(c) else c for c in characters)
+    # Where nothing would be left it stays as it is: nobody gets in with an empty password.
+    return unicodedata.normalize("NFKC", mapped).encode(errors="surrogateescape") or text
 
 
 class Outcome(bytes):
@@ -511,14 +523,14 @@ def auth_plain(credentials: Credentials) -> Exchange:
     fields = (yield b"").split(b"\0")
     if len(fields) != 3:
         raise Refused(AUTH_MALFORMED)
-    return credentials.match(fields[1], fields[2], credentials.password)
+    return credentials.match(fields[1], prepare(fields[2]), credentials.prepared)
 
 
 def auth_login(credentials: Credentials) -> Exchange:
     """LOGIN, which has no RFC; clients compare these very prompts."""
     user = yield b"Username:"
     password = yield b"Password:"
-    return credentials.match(user, password, credentials.password)
+    return credentials.match(user, prepare(password), credentials.prepared)
 
 
 def auth_cram_md5(credentials: Credentials) -> Exchange:
@@ -531,8 +543,9 @@ def auth_cram_md5(credentials: Credentials) -> Exchange:
 
     challenge = b"<%s.%d@localhost>" % (fresh_nonce(), time.time())
     user, _, digest = (yield challenge).rpartition(b" ")
-    expected = hmac.new(credentials.password, challenge, md5).hexdigest().encode()
-    return credentials.match(user, digest.lower(), expected)
+    keys = (credentials.password, credentials.prepared)  # RFC 2195 says nothing, and clients differ
+    expected = [hmac.new(key, challenge, md5).hexdigest().encode() for key in keys]
+    return True in [credentials.match(user, digest.lower(), proof) for proof in expected]
 
 
 def auth_scram_sha_256(credentials: Credentials) -> Exchange:
@@ -718,7 +731,7 @@ class Policy:
         self.plain_addresses = plain_addresses  # see Command
         offers = [b"localhost", b"PIPELINING", b"SIZE %d" % max_size, b"8BITMIME", b"SMTPUTF8"]
         if credentials:
-            offers.append(b"AUTH " + b" ".join(MECHANISMS))
+            offers.append(b"AUTH " + b" ".join(credentials.mechanisms))
         lines = [b"250-%s\r\n" % offer for offer in offers]
         self.ehlo_reply = b"".join(lines) + b"250 ENHANCEDSTATUSCODES\r\n"
 
@@ -939,17 +952,18 @@ class Session:
     # Authentication
 
     def _auth(self, argument: bytes) -> list[Action]:
-        assert self._policy.credentials is not None
+        credentials = self._policy.credentials
+        assert credentials is not None
         words = argument.split()
         if not 1 <= len(words) <= 2:
             raise Refused(AUTH_SYNTAX)
         mechanism = words[0].upper()
-        if mechanism not in MECHANISMS:
+        if mechanism not in credentials.mechanisms:
             raise Refused(UNKNOWN_MECHANISM)
-        exchange, client_first = MECHANISMS[mechanism]
+        exchange, client_first = credentials.mechanisms[mechanism]
         if len(words) == 2 and not client_first:
             raise Refused(AUTH_SYNTAX)  # RFC 4954 section 4
-        self._exchange = exchange(self._policy.credentials)
+        self._exchange = exchange(credentials)
         challenge = next(self._exchange)
         if len(words) == 2:
             return self._respond(b"" if words[1] == b"=" else words[1])

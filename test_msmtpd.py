@@ -753,9 +753,64 @@ def test_scram_against_a_client_of_our_own(user: str, password: str, gs2: str, r
     assert peer.events[-1][3:6] == ("235" if right else "535")
 
 
-def test_scram_knows_users_with_a_comma_and_normalizes_the_password_as_clients_do() -> None:
-    credentials = msmtpd.Credentials("a,b=c", "e\u0301ª".encode())
-    client, exchange = ScramClient("a,b=c", "éa"), msmtpd.auth_scram_sha_256(credentials)
+PREPARED = {  # what RFC 4013 makes of what
+    "I\u00adX": "IX",
+    "\u2168": "IX",
+    "\u00aa": "a",
+    "user": "user",
+    "e\u0301": "é",
+    "\u212b": "å".upper(),
+    "a\u00a0b\u3000c": "a b c",
+    "\u2764\ufe0f\u200d\u200b\U0001f525": "\u2764\U0001f525",
+}
+
+
+@pytest.mark.parametrize("mechanism", ["PLAIN", "LOGIN", "CRAM-MD5", "SCRAM-SHA-256"])
+@pytest.mark.parametrize("raw", PREPARED)
+def test_user_and_password_may_be_written_in_more_ways_than_one(
+    raw: str, mechanism: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Configured raw or prepared, sent raw or prepared; but a SCRAM client has to prepare the password."""
+    monkeypatch.setattr(os, "urandom", bytes)
+    monkeypatch.setattr(time, "time", lambda: 1.5)
+    prepared = PREPARED[raw]
+    for ours, user, password in itertools.product((raw, prepared), (raw, prepared), (raw, prepared, raw + "x")):
+        policy = msmtpd.Policy(credentials=msmtpd.Credentials(ours, ours.encode()))
+        if mechanism == "PLAIN":
+            steps = ["", f"\0{user}\0{password}"]
+        elif mechanism == "LOGIN":
+            steps = ["Username:", user, "Password:", password]
+        elif mechanism == "CRAM-MD5":
+            challenge = f"<{'0' * 32}.1@localhost>"
+            steps = [challenge, f"{user} {hmac.new(password.encode(), challenge.encode(), 'md5').hexdigest()}"]
+        else:
+            client = ScramClient(user, PREPARED.get(password, password))
+            server = f"r=fyko+d2lbbFgONRv9qkxdawL{'0' * 32},s={b64(bytes(16))},i=4096"
+            steps = ["", client.first().decode(), server, client.final(server.encode()).decode()]
+        lines = [f"{'CS'[i % 2 == 0]}: {'334 ' * (i % 2 == 0)}{b64(step.encode())}" for i, step in enumerate(steps)]
+        wrong = password == raw + "x" or (mechanism == "CRAM-MD5" and password == raw and ours != raw)
+        lines += ["S: 535 ..."] if wrong else ["S: 334 ...", "C: "] * (mechanism[0] == "S") + ["S: 235 ..."]
+        play("\n".join(["C: EHLO x", *["S: 250..."] * 7, f"C: AUTH {mechanism}", *lines]), policy)
+
+
+def test_nobody_gets_in_with_an_empty_password() -> None:
+    policy = msmtpd.Policy(credentials=msmtpd.Credentials("joe", "\u00ad".encode()))
+    for password, code in (("", "535"), ("\u200d", "535"), ("\u00ad", "235")):
+        peer = Peer(policy)
+        peer.feed(f"EHLO x\r\nAUTH PLAIN {b64(f'{chr(0)}joe{chr(0)}{password}'.encode())}\r\n".encode())
+        assert peer.events[-1][3:6] == code
+
+
+def test_scram_is_not_offered_by_a_python_without_openssl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(hashlib, "pbkdf2_hmac")
+    policy = msmtpd.Policy(credentials=msmtpd.Credentials("joe", b"secret"))
+    offers = "S: 250...\n" * 5 + "S: 250-AUTH PLAIN LOGIN CRAM-MD5\nS: 250...\n"
+    play(f"C: EHLO x\n{offers}C: AUTH SCRAM-SHA-256\nS: 504...\nC: {JOE}\nS: 235...", policy)
+
+
+def test_scram_knows_users_with_a_comma() -> None:
+    credentials = msmtpd.Credentials("a,b=c", b"secret")
+    client, exchange = ScramClient("a,b=c", "secret"), msmtpd.auth_scram_sha_256(credentials)
     next(exchange)
     assert exchange.send(client.final(exchange.send(client.first()))).startswith(b"v=")
     with pytest.raises(msmtpd.Refused):
