@@ -1174,7 +1174,7 @@ def judge(status: int) -> tuple[bytes, str]:
     if status == 0:
         return b"250 2.0.0", "Ok"
     if status in (126, 127):
-        return b"451 4.3.5", f"Command could not be run (exit status {status})"
+        return b"451 4.3.5", f"Command, or a program in it, could not be run (exit status {status})"
     if status < 0 or 129 <= status <= 159:
         return b"451 4.3.0", f"Command was ended by signal {-status if status < 0 else status - 128}"
     name = f" ({EXIT_NAMES[status]})" if status in EXIT_NAMES else ""
@@ -2555,6 +2555,16 @@ def protect_descriptors(inetd: bool) -> bool:
     return not shared
 
 
+def name_process() -> None:
+    """Be msmtpd, not python3, for ps, pgrep, monit and their like; where that is not Linux, it stays as it is."""
+    try:
+        name = os.open("/proc/self/comm", os.O_WRONLY)
+        os.write(name, b"msmtpd")
+        os.close(name)
+    except OSError:
+        pass
+
+
 def passed_sockets() -> list[socket.socket]:
     """Take over what sd_listen_fds(3) describes."""
     import socket
@@ -2700,6 +2710,7 @@ def main() -> int:
     audible = not inetd
     try:
         audible = protect_descriptors(inetd)
+        name_process()
         options = Options(sys.argv[1:])
         server = build_server(options)
         return serve_inetd(server) if options.inetd else serve_daemon(server, options)

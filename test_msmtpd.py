@@ -1989,6 +1989,11 @@ def test_addresses_are_in_the_received_field(host: str, start: Callable[..., Dae
     assert received == f"Received: from x ({literal})\n\tby {literal} (msmtpd) with ESMTP"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no cheap way to say so")
+def test_the_process_is_called_msmtpd(start: Callable[..., Daemon]) -> None:
+    assert Path(f"/proc/{start().process.pid}/comm").read_text() == "msmtpd\n"
+
+
 def test_replies_are_not_held_back_for_more() -> None:
     listener = msmtpd.listening_socket("127.0.0.1", 0)
     with listener, socket.create_connection(listener.getsockname()), listener.accept()[0] as accepted:
@@ -5604,6 +5609,17 @@ def test_replies_that_the_readme_explains() -> None:
     quoted = re.findall(r"^\| `(\d\d\d \d\.\d\.\d [^`]*)`", README, re.M)
     assert quoted
     assert not set(quoted) - set(replies)
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def test_symptoms_are_the_same_in_readme_and_manual() -> None:
+    table = README.partition("| symptom | cause | fix |\n|---|---|---|\n")[2].partition("\n\n")[0]
+    entries = re.split(r"^\.It ", section("DIAGNOSTICS"), flags=re.M)[1:]
+    documented = [words(re.sub(r"\b(Ql|So|Sc|Sx|El)\b", "", plain(entry))) for entry in entries]
+    assert documented == [words(row) for row in table.replace(" in the manual page", "").splitlines()]
 
 
 # Log format
