@@ -53,7 +53,7 @@ from test_msmtpd import (
     without_received,
 )
 
-pytest_plugins = ["test_msmtpd"]  # its fixtures
+start, box = test_msmtpd.start, test_msmtpd.box  # fixtures
 
 PEERS = Path(os.environ.get("MSMTPD_PEERS", "/tmp/peers"))
 LOGIN = "--auth=joe,echo secret"
