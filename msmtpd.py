@@ -267,9 +267,8 @@ def mail_parameters(parameters: bytes) -> tuple[int, bool]:
 # like do too can have a second mail smuggled into the first (CVE-2023-51764).
 # After a bare LF, which only a person or a script types, LF.LF or LF.CRLF does.
 #
-# One search for "line end, dot" finds both the stuffed dots and the end.  What
-# may be the beginning of such a sequence at the end of a piece is held back
-# until the next one.
+# What may be the beginning of an end, or of a stuffed dot, where a piece of
+# input was cut is held back until the next piece.
 
 
 class Spool:
@@ -338,6 +337,10 @@ def unlinked_file(directory: str) -> int:
     return descriptor
 
 
+# What ends the data, the longest first.
+CRLF_ENDS = (b"\r\n.\r\n",)
+LF_ENDS = (b"\r\n.\r\n", b"\n.\r\n", b"\n.\n")
+
 _OUR_FIELD = b" (msmtpd) with "  # see received_field()
 
 
@@ -356,52 +359,35 @@ class MailData:
         self._hops = 0
         self._header: bytes | None = b"\n"  # the end of what has come of it, None once it is over
         self._limit = limit
+        self._ends = CRLF_ENDS if crlf else LF_ENDS
         self._eol = b"\r\n" if crlf else b"\n"
         # A dot may be the very first octet: the data begin as if behind a line end.
         self._held = self._eol
-        self._first = True
+        self._unsent = len(self._eol)  # octets of the text to come that are only this
 
     def feed(self, data: bytes) -> int:
         """Decode `data`; return how many octets follow the end, -1 without an end."""
         data = self._held + data
-        mark = self._eol + b"."
-        pieces, start, left = [], 0, -1
-        while True:
-            found = data.find(mark, start)
-            after = found + len(mark)
-            next_two = data[after : after + 2]
-            if found < 0:
-                end = len(data) - self._unsure(data, start)
-                break
-            if next_two in (b"", b"\r"):
-                end = found - data.endswith(b"\r", start, found)
-                break
-            if next_two.startswith((b"\r\n", self._eol)):
-                end = after - 1
-                left = len(data) - after - (2 if next_two == b"\r\n" else 1)
-                break
-            pieces.append(data[start : after - 1])
-            start = after
-        pieces.append(data[start:end])
-        self._held = data[end:]
-        self._put(b"".join(pieces))
+        dots = self._eol + b"." in data  # mostly not, which saves the other searches
+        found, end = min(((data.find(end), end) for end in self._ends if dots and end in data), default=(-1, b""))
+        if end:
+            at = found + end.index(b".")
+            left = len(data) - found - len(end)
+        else:
+            at = len(data) - cut_end(data, self._ends)
+            left = -1
+        self._held = data[at:]
+        self._put(data[:at].replace(self._eol + b".", self._eol) if dots else data[:at])
         return left
 
-    def _unsure(self, data: bytes, start: int) -> int:
-        """Count the last octets that the next piece may turn into a mark or a CRLF."""
-        for tail in (b"\r\n", self._eol, b"\r"):
-            if data.endswith(tail, start):
-                return len(tail)
-        return 0
-
     def _put(self, data: bytes) -> None:
-        if self._first and data:
-            data = data[len(self._eol) :]  # which was not sent
-            self._first = False
+        if data:
+            data = data[self._unsent :]
+            self._unsent = 0
         self.size += len(data)
         if self.failure is not None:
             return
-        text = crlf_to_lf(data)
+        text = b"\n".join(data.split(b"\r\n"))  # faster than replace() on lines of text
         if self._header is not None:
             self._count_hops(self._header + text)
         if self.size > self._limit:
@@ -426,16 +412,12 @@ class MailData:
         self.spool.close()
 
 
-def crlf_to_lf(data: bytes) -> bytes:
-    """Turn CRLF into LF and leave every other CR alone.
-
-    Deleting single octets and counting pairs are both several times faster
-    than replacing pairs, which only data with a stray CR need.
-    """
-    stripped = data.replace(b"\r", b"")
-    if len(data) - len(stripped) == data.count(b"\r\n"):
-        return stripped
-    return data.replace(b"\r\n", b"\n")
+def cut_end(data: bytes, ends: Sequence[bytes]) -> int:
+    """Return how many of the last octets of `data` may be the beginning of an end."""
+    for length in range(min(len(data), len(ends[0]) - 1), 0, -1):
+        if any(end.startswith(data[-length:]) for end in ends):
+            return length
+    return 0
 
 
 def address_literal(host: str) -> str:
