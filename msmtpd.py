@@ -9,9 +9,9 @@ with status 0, and the reason otherwise.
     bytes from the client -> Session.step() -> actions -> Connection
         bytes      a reply: to the output buffer, then to the client
         Note       a line for the log
-        Pause      nothing is read or answered until the throttle lets it
+        AuthResult nothing is read or answered until the throttle lets it
         Deliver    the command runs with the spooled mail as its standard
-                   input; the outcome comes back by Session.delivered()
+                   input; the outcome comes back by Session.conclude()
         Close      flush, shut down, forget
 
 The sections.  Each opens with a few lines on how it works:
@@ -54,7 +54,8 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn, Protocol, Union
 
     Reply = bytes
-    Action = Union[Reply, "Note", "Pause", "Deliver", "Close"]
+    Action = Union[Reply, "Note", "AuthResult", "Deliver", "Close"]
+    Exchange = Generator[bytes, bytes, bool]  # a SASL mechanism at work
 else:
     import _signal as signal  # the C core of signal: without its enums, 5 ms less
 
@@ -82,12 +83,12 @@ MAX_ERRORS = 20  # negative replies since the last mail, as Postfix's hard limit
 MAX_AUTH_FAILURES = 3  # in a session
 SCRAM_ITERATIONS = 4096  # RFC 7677 section 4: at least
 
+NEVER = float("inf")
 IDLE_TIMEOUT = 300.0  # without progress, RFC 5321 4.5.3.2.7
 CROWDED_TIMEOUT = 10.0  # the same while clients have to wait, and for this long after
 DATA_SECONDS_PER_OCTET = 10.0 / 1024  # mail data slower than 1 KiB in 10 s is no progress
 DELIVERY_TIMEOUT = 600.0  # from the end of a mail: clients wait that long, RFC 5321 4.5.3.2.6
 KILL_DELAY = 10.0  # between SIGTERM and SIGKILL for a command
-OUTPUT_DELAY = 0.1  # before we watch what a command prints: quick ones have ended by then
 STOP_TIMEOUT = 60.0  # for open transactions after SIGTERM
 FLUSH_TIMEOUT = 10.0  # for the client to go on taking our last replies
 LINGER_TIMEOUT = 2.0  # for it to close after them
@@ -420,6 +421,14 @@ def cut_end(data: bytes, ends: Sequence[bytes]) -> int:
     return 0
 
 
+def ip_address(name: object) -> str:
+    """Return the IP address of a socket's name, an IPv4 one as such; empty for a Unix socket."""
+    if not isinstance(name, tuple):
+        return ""
+    host = str(name[0])
+    return host[7:] if host.startswith("::ffff:") and "." in host else host
+
+
 def address_literal(host: str) -> str:
     """Return an IP address as RFC 5321 4.1.3 writes it."""
     host = host.partition("%")[0]
@@ -438,6 +447,14 @@ def received_field(name: bytes, client: str, server: str, protocol: str, date: f
     by = address_literal(server) if server else "localhost"
     when = time.strftime("%a, %d %b %Y %H:%M:%S %z", time.localtime(date))
     return f"Received: from {clean}{source}\n\tby {by} (msmtpd) with {protocol};\n\t{when}\n".encode()
+
+
+def open_spool(sock: _socket.socket | None, client: str, name: bytes, protocol: str) -> Spool:
+    """Return a spool that begins with the Received field."""
+    server = ip_address(sock.getsockname()) if sock else ""
+    spool = Spool()
+    spool.write(received_field(name, client, server, protocol, time.time()))
+    return spool
 
 
 # ---- Authentication --------------------------------------------------------
@@ -496,7 +513,7 @@ def prepare(text: bytes) -> bytes:
     return unicodedata.normalize("NFKC", mapped).encode(errors="surrogateescape") or text
 
 
-class Outcome(bytes):
+class FinalChallenge(bytes):
     """A challenge that tells the client that its response was right, before the end of the exchange."""
 
 
@@ -554,7 +571,7 @@ def auth_scram_sha_256(credentials: Credentials) -> Exchange:
     if not credentials.match(user, proof, expected):
         return False
     server_signature = sign(sign(salted, b"Server Key"), message)
-    if (yield Outcome(b"v=" + encode_base64(server_signature))):
+    if (yield FinalChallenge(b"v=" + encode_base64(server_signature))):
         raise Refused(AUTH_MALFORMED)  # it has only to acknowledge
     return True
 
@@ -631,8 +648,11 @@ class Throttle:
 #
 # The SMTP server as a pure protocol machine: bytes in, actions out; no
 # descriptors, no clock, no log.  receive() takes input in whatever pieces it
-# comes, step() takes the next line (or piece of mail data) out of it and
-# returns what is to be done, [] when more input is needed.
+# comes, b"" for its end; step() takes the next line (or piece of mail data) out
+# of it and returns what is to be done, [] when more input is needed.
+#
+# The end of input is an input too.  What came before it is worked off first;
+# then the session ends, orderly unless a transaction was open.
 #
 # What decides the next reply: the name of the greeting, whether the client is
 # authenticated, the envelope of the open transaction, and who reads, which is
@@ -656,8 +676,8 @@ class Note:
         self.text = text
 
 
-class Pause:
-    """The outcome of an authentication: the throttle may hold back what follows."""
+class AuthResult:
+    """How an authentication went: the throttle may hold back the replies that follow."""
 
     __slots__ = ("failed",)
 
@@ -666,7 +686,7 @@ class Pause:
 
 
 class Deliver:
-    """A complete mail.  The session goes on with Session.delivered()."""
+    """A complete mail.  The session goes on with Session.conclude()."""
 
     __slots__ = ("envelope", "size", "spool")
 
@@ -748,31 +768,34 @@ class Session:
         self._auth_failures = 0
         self._input = b""
         self._at = 0  # where the unread input begins
+        self._ended = False  # nothing comes behind it
         self._overlong = False  # the rest of the line is to be skipped
         self._line_ended_in_crlf = True
 
     # Input and output
 
     def receive(self, data: bytes) -> None:
-        """Take input, in any pieces, at any time."""
+        """Take input, in any pieces, at any time; b"" says that no more will come."""
         self._input = self._input[self._at :] + data
         self._at = 0
+        self._ended = not data
 
     def step(self) -> list[Action]:
         """Work off the next line or piece of data; [] if it is not there yet."""
-        if self._deaf or self._at == len(self._input):
+        if self._deaf:
             return []
         try:
-            return self._read_line() if self.data is None else self._read_data(self.data)
+            actions = self._read()
         except Refused as refused:
             self._exchange = None
             return self._negative(refused.reply, logged=False)
+        return self._leave() if self._ended and not actions else actions
 
-    def delivered(self, reply: Reply) -> list[Action]:
+    def conclude(self, delivered: bool, reply: Reply) -> list[Action]:
         """End the transaction that Deliver began, with the reply to its mail."""
         self._end_transaction()
         self._deaf = False
-        if reply[:1] != b"2":
+        if not delivered:
             return self._negative(reply, logged=True)
         self._errors = 0
         self.last_refusal = None
@@ -801,6 +824,11 @@ class Session:
         self._deaf = True
         return [Close(orderly)]
 
+    def _leave(self) -> list[Action]:
+        if not self.in_transaction:
+            return self._end(orderly=True)
+        return [Note("warning", "client left in the middle of a mail"), *self._end(orderly=False)]
+
     def _end_transaction(self) -> None:
         self.envelope = None
         if self.data is not None:
@@ -808,6 +836,11 @@ class Session:
             self.data = None
 
     # Readers: who gets the next input
+
+    def _read(self) -> list[Action]:
+        if self._at == len(self._input):
+            return []
+        return self._read_line() if self.data is None else self._read_data(self.data)
 
     def _read_line(self) -> list[Action]:
         in_auth = self._exchange is not None
@@ -961,21 +994,21 @@ class Session:
         except StopIteration as end:
             self._exchange = None
             return self._finish_auth(end.value)
-        return [Pause(failed=False), ask(challenge)] if isinstance(challenge, Outcome) else [ask(challenge)]
+        held_back = [AuthResult(failed=False)] if isinstance(challenge, FinalChallenge) else []
+        return [*held_back, ask(challenge)]
 
     def _finish_auth(self, success: bool) -> list[Action]:
         if success:
             self.authenticated = True
-            return [Pause(failed=False), AUTHENTICATED]
+            return [AuthResult(failed=False), AUTHENTICATED]
         self._auth_failures += 1
-        actions: list[Action] = [Note("warning", "authentication failed"), Pause(failed=True)]
+        actions: list[Action] = [Note("warning", "authentication failed"), AuthResult(failed=True)]
         if self._auth_failures < MAX_AUTH_FAILURES:
             return actions + self._negative(AUTH_FAILED, logged=True)
         return [*actions, TOO_MANY_FAILURES, *self._end(orderly=False)]
 
 
 if TYPE_CHECKING:
-    Exchange = Generator[bytes, bytes, bool]
     Effect = Callable[[Session, bytes], list[Action]]
     Condition = tuple[Callable[[Session], bool], Reply]
 
@@ -1312,7 +1345,6 @@ if TYPE_CHECKING:
 # An exception in a task ends that task, by its crash(), and nothing else.
 
 READ, WRITE = 1, 2  # as selectors.EVENT_READ and EVENT_WRITE
-NEVER = float("inf")
 
 if TYPE_CHECKING:
 
@@ -1372,7 +1404,7 @@ class Loop:
         self._watched[descriptor] = task, events
 
     def resume_later(self, task: Resumable) -> None:
-        """Call task.resume() in the next turn."""
+        """Call task.resume() when all that is ready now has had its turn."""
         self._resumable[task] = None
 
     def add_timed(self, task: Timed) -> None:
@@ -1396,7 +1428,6 @@ class Loop:
             timeout = max(0.0, self._wake_at - self._clock())
         events = self._selector.select(timeout)
         self.now = self._clock()
-        resumable, self._resumable = self._resumable, {}
         for key, mask in events:
             watcher = self._watched.get(key.fd, (None, 0))[0]
             if watcher is not None:  # one before it may have closed the descriptor
@@ -1404,6 +1435,7 @@ class Loop:
                     watcher.ready(mask)
                 except Exception as error:
                     self._crash(watcher, error)
+        resumable, self._resumable = self._resumable, {}
         for task in resumable:
             self.guard(task, task.resume)
         if self.now >= self._wake_at:
@@ -1415,10 +1447,10 @@ class Loop:
                 self.guard(task, task.expire)
         self._wake_at = min((task.due() for task in self._timed), default=NEVER)
 
-    def guard(self, task: Task, method: Callable[[], None]) -> None:
+    def guard(self, task: Task, method: Callable[..., None], *arguments: object) -> None:
         """Call a task's method; an exception is logged and ends only this task."""
         try:
-            method()
+            method(*arguments)
         except Exception as error:
             self._crash(task, error)
 
@@ -1441,14 +1473,16 @@ class Loop:
 
 # ---- Server ----------------------------------------------------------------
 #
-# Server admits clients by its Listeners, counts sessions and stops; Connection
-# performs the actions of a Session on descriptors.  Queue lets mails wait for
-# their turn; Delivery runs the command for one, Leftover reads what is printed
-# after that.  Signals turns signals into events.
+# Server begins and stops sessions; Admission decides who may come in, by its
+# Listeners, and how long the others may stay.  Connection performs the actions
+# of a Session on descriptors.  Queue lets mails wait for their turn, Delivery
+# runs the command for one, Output is what that prints.  Signals turns signals
+# into events.
 #
-# In a turn of the loop every session that has input gets its share of work, then
-# all replies are sent, then commands are started: Server.settle().  Only the last
-# words of a session that we end are sent at once.
+# The way of a mail: Connection.ready() reads, resume() performs what Session
+# makes of it, Queue starts a Delivery when all input of this turn of the loop is
+# worked off, reap() finds that its command has exited, and conclude() lets the
+# session go on with the reply.
 #
 # Back-pressure is one rule: while a delivery or a pause is pending, or the
 # client does not take its replies, nothing is read from it.
@@ -1458,7 +1492,7 @@ class Loop:
 
 
 class Server:
-    """What the sessions of one process share: who is admitted, for how long, and the end of it all."""
+    """The sessions of one process, from their beginning to the end of it all."""
 
     def __init__(self, loop: Loop, log: Log, policy: Policy, command: Command, throttle: Throttle) -> None:
         self.loop = loop
@@ -1467,24 +1501,19 @@ class Server:
         self.throttle = throttle
         self.queue = Queue(loop, log, command)
         self.connections: set[Connection] = set()
-        self.unsettled: dict[Connection, None] = {}  # in the order in which they had their turn
+        self.admission = Admission(loop, log, self.connections)
         self.stopping = False
-        self.max_sessions = MAX_SESSIONS
-        self._listeners: list[Listener] = []
         self._sessions = 0  # begun so far
-        self._crowded_until = NEVER  # while clients have to wait, or have had to lately
-        self._rest_until = NEVER  # while nothing is accepted because resources ran out
-        self._stop_at = NEVER
+        self._stop_at = NEVER  # when those that have not ended must
+        self._at_once = False
         self._notify: Callable[[str], None] = lambda state: None
         loop.add_timed(self)
 
-    # Sessions
-
     def listen(self, sockets: Iterable[socket.socket], notify: Callable[[str], None]) -> None:
         """Accept clients on listening sockets; `notify` gets systemd's state messages."""
-        self._listeners = [Listener(self, sock) for sock in sockets]
+        self.admission.listeners = [Listener(self, sock) for sock in sockets]
         self._notify = notify
-        self._admit()
+        self.admission.update()
         notify("READY=1")
 
     def begin(self, reader: int, writer: int, sock: _socket.socket | None, client: str) -> Connection:
@@ -1495,9 +1524,6 @@ class Server:
         self._sessions += 1
         connection = Connection(self, self._sessions, reader, writer, sock, client)
         self.connections.add(connection)
-        if len(self.connections) >= self.max_sessions:
-            self._crowd(f"all {self.max_sessions} sessions are taken, further clients wait")
-            self._admit()
         self.loop.add_timed(connection)
         self.loop.guard(connection, connection.resume)
         return connection
@@ -1506,111 +1532,114 @@ class Server:
         """Forget a session, which makes room for another."""
         self.connections.discard(connection)
         self.loop.remove_timed(connection)
-        if len(self.connections) == self.max_sessions - 1:  # the first free place
-            self._admit()
-
-    def _crowd(self, reason: str) -> None:
-        """Lose patience with idle clients, until nobody has had to wait for a while."""
-        if self._crowded_until == NEVER:
-            self.loop.schedule(self.loop.now)  # their deadlines are nearer now
-            self.log.write("warning", reason)
-        self._crowded_until = self.loop.now + CROWDED_TIMEOUT
-
-    def _relax(self) -> None:
-        self._crowded_until = self.loop.now + CROWDED_TIMEOUT
-        self._admit()  # which may have failed when the time came
-        if self.admits:
-            self._crowded_until = NEVER
-            self.log.write("info", "clients no longer wait")
-
-    @property
-    def patience(self) -> float:
-        """How long a client may go without progress, in seconds."""
-        return IDLE_TIMEOUT if self._crowded_until == NEVER else CROWDED_TIMEOUT
-
-    def _admit(self) -> None:
-        """Watch the listeners, or leave clients in the backlog."""
-        for listener in self._listeners:
-            listener.watch(self.admits)
-
-    @property
-    def admits(self) -> bool:
-        return len(self.connections) < self.max_sessions and self._rest_until == NEVER
-
-    def rest(self, error: OSError) -> None:
-        """Accept nothing for a moment: descriptors or memory have run out."""
-        self._crowd(f"cannot accept clients for now: {error.strerror}")
-        self._rest_until = self.loop.now + RETRY_DELAY
-        self.loop.schedule(self._rest_until)
-        self._admit()
-
-    # Start and stop
 
     def run(self) -> None:
         """Serve until there is nothing left: no listener, no session, no command."""
-        self.settle()  # the greeting of an inetd session, which has begun by now
-        while self._listeners or self.connections or self.queue.busy:
-            self.loop.turn()
-            self.settle()
+        while self.admission.listeners or self.connections or self.queue.busy:
+            self.turn()
 
-    def settle(self) -> None:
-        """End a turn: send the replies, then start commands.
-
-        Replies sent one after the other wake the clients less often, and the clients get on
-        while the commands are started.  It saves a tenth of the CPU time of a mail.  Nothing
-        that runs here may call Connection.resume(): its replies would wait for the next turn.
-        """
-        self._send_replies()
-        self.queue.start()
-
-    def _send_replies(self) -> None:
-        unsettled, self.unsettled = self.unsettled, {}
-        for connection in unsettled:
-            self.loop.guard(connection, connection.settle)
+    def turn(self) -> None:
+        self.admission.update()
+        self.loop.turn()
+        if self._at_once:
+            raise SystemExit(1)
 
     def stop(self) -> None:
         """Finish what is under way and accept nothing more; a second call ends at once."""
         if self.stopping:
             self.log.write("warning", "second signal, ending at once")
-            self._send_replies()  # a mail may have been delivered in this very turn
-            raise SystemExit(1)
+            self._at_once = True  # after this turn: a mail may have been delivered in it
+            return
         self.stopping = True
         self._stop_at = self.loop.now + STOP_TIMEOUT
         self.loop.schedule(self._stop_at)
         self._notify("STOPPING=1")
         sessions, commands = len(self.connections), len(self.queue.running)
         self.log.write("info", f"stopping, {sessions} sessions and {commands} commands to finish")
-        for listener in self._listeners:
-            listener.close()
-        self._listeners = []
-        for connection in list(self.connections):
-            self.loop.guard(connection, connection.stop)
+        self.admission.close()
+        self._stop_sessions(now=False)
 
-    # As a task of the loop: what ends by time
+    def _stop_sessions(self, now: bool) -> None:
+        for connection in list(self.connections):
+            self.loop.guard(connection, connection.stop, now)
 
     def due(self) -> float:
-        return min(self._stop_at, self._rest_until, self._crowded_until)
+        return self._stop_at
 
     def expire(self) -> None:
-        if self.loop.now >= self._rest_until:
-            self._rest_until = NEVER
-            self._admit()
-        if self.loop.now >= self._crowded_until:
-            self._relax()
-        if self.loop.now >= self._stop_at:
-            self._stop_at = NEVER
-            for connection in list(self.connections):
-                self.loop.guard(connection, connection.dismiss)
+        self._stop_at = NEVER
+        self._stop_sessions(now=True)
 
     def crash(self) -> None: ...
 
 
-def ip_address(name: object) -> str:
-    """Return the IP address of a socket's name, an IPv4 one as such; empty for a Unix socket."""
-    if not isinstance(name, tuple):
-        return ""
-    host = str(name[0])
-    return host[7:] if host.startswith("::ffff:") and "." in host else host
+class Admission:
+    """Who may come in, and for how long the others may make no progress.
+
+    Clients wait in the backlog while all sessions are taken or resources have
+    run out.  While they do, and for a moment after, idle clients are let go
+    sooner.
+    """
+
+    def __init__(self, loop: Loop, log: Log, connections: set[Connection]) -> None:
+        self.max_sessions = MAX_SESSIONS
+        self.listeners: list[Listener] = []
+        self._loop = loop
+        self._log = log
+        self._connections = connections
+        self._crowded_until = NEVER  # while clients have to wait, or have had to lately
+        self._rest_until = NEVER  # while nothing is accepted because resources ran out
+        loop.add_timed(self)
+
+    @property
+    def patience(self) -> float:
+        """How long a client may go without progress, in seconds."""
+        return IDLE_TIMEOUT if self._crowded_until == NEVER else CROWDED_TIMEOUT
+
+    @property
+    def admits(self) -> bool:
+        return len(self._connections) < self.max_sessions and self._rest_until == NEVER
+
+    def update(self) -> None:
+        """Watch the listeners or not, as it is right now: called in every turn of the loop."""
+        admits = self.admits
+        if not admits:
+            self._crowd(f"all {self.max_sessions} sessions are taken, further clients wait")
+        try:
+            for listener in self.listeners:
+                listener.watch(admits)
+        except OSError as error:
+            self.rest(error)
+
+    def rest(self, error: OSError) -> None:
+        """Accept nothing for a moment: descriptors or memory have run out."""
+        self._crowd(f"cannot accept clients for now: {error.strerror}")
+        self._rest_until = self._loop.now + RETRY_DELAY
+        self._loop.schedule(self._rest_until)
+
+    def _crowd(self, reason: str) -> None:
+        if self._crowded_until == NEVER:
+            self._loop.schedule(self._loop.now)  # the deadlines of idle clients are nearer now
+            self._log.write("warning", reason)
+        self._crowded_until = self._loop.now + CROWDED_TIMEOUT
+
+    def close(self) -> None:
+        """Accept nothing any more."""
+        for listener in self.listeners:
+            listener.close()
+        self.listeners = []
+
+    def due(self) -> float:
+        return min(self._rest_until, self._crowded_until)
+
+    def expire(self) -> None:
+        if self._loop.now >= self._rest_until:
+            self._rest_until = NEVER
+        if self._loop.now >= self._crowded_until and self.admits:
+            self._crowded_until = NEVER
+            self._log.write("info", "clients no longer wait")
+
+    def crash(self) -> None: ...
 
 
 # The phases of a connection's life
@@ -1622,19 +1651,18 @@ DRAINING = "draining"  # they are; what the client still sends is dropped
 CLOSED = "closed"  # descriptors are closed
 
 
-def open_spool(sock: _socket.socket | None, client: str, name: bytes, protocol: str) -> Spool:
-    """Return a spool that begins with the Received field."""
-    server = ip_address(sock.getsockname()) if sock else ""
-    spool = Spool()
-    spool.write(received_field(name, client, server, protocol, time.time()))
-    return spool
-
-
-_MSG_MORE = getattr(_socket, "MSG_MORE", 0)  # Linux has it
-
-
 class Connection:
-    """Performs the actions of a Session on two descriptors, which may be one socket."""
+    """Performs the actions of a Session on two descriptors, which may be one socket.
+
+    Its phases, and the methods that change them:
+
+        OPEN        reads, answers         _pause() -> PAUSED, _deliver() -> DELIVERING
+        PAUSED      the throttle's delay   _reopen() -> OPEN
+        DELIVERING  a delivery is pending  _reopen() -> OPEN
+        CLOSING     sends the last reply   from all of these by _close(), then _drain() -> DRAINING
+        DRAINING    drops further input
+        CLOSED                             from all by _forget(), when nothing is left to be done
+    """
 
     def __init__(
         self, server: Server, number: int, reader: int, writer: int, sock: _socket.socket | None, client: str
@@ -1650,8 +1678,8 @@ class Connection:
         self._phase = OPEN
         self._actions: list[Action] = []  # not yet performed
         self._replies = bytearray(GREETING)  # not yet written
-        self._eof = False
         self._hungry = False  # the session has asked for input
+        self._ended = False  # the client has said all it will say
         self._progress = server.loop.now  # when there was some, while OPEN
         self._deadline = NEVER  # while PAUSED, CLOSING or DRAINING
         self.orderly = False  # ended by QUIT or EOF between mails
@@ -1659,15 +1687,14 @@ class Connection:
     def log(self, level: str, text: str) -> None:
         self._server.log.write(level, f"session {self._number} [{self._client or 'local'}]: {text}")
 
-    # Input
+    # Input and output
 
     def ready(self, events: int) -> None:
         if events & READ and self._phase in (OPEN, DRAINING):
             self._receive()
         else:
-            self._flush()  # now: this may be the turn in which the time for it is over
+            self._flush()
             self.resume()
-            self._watch()
 
     def _receive(self) -> None:
         try:
@@ -1675,118 +1702,38 @@ class Connection:
         except BlockingIOError:
             return
         except OSError:
-            self._abandon()
+            self._vanish()
             return
         if self._phase == DRAINING:
             if not data:
                 self._forget()
             return
-        self._eof = not data
         self._hungry = False
+        self._ended = not data
         if self._session.data is not None:
             earned = self._progress + len(data) * DATA_SECONDS_PER_OCTET
             self._progress = min(self._server.loop.now, earned)
         self._session.receive(data)
         self.resume()
 
-    # Actions
-
-    def resume(self) -> None:
-        """Perform what the session wants until it needs input, must wait, or its turn is over.
-
-        The replies are sent by settle().
-        """
-        for _ in range(TURN_STEPS):
-            if self._phase != OPEN or len(self._replies) > REPLY_BUFFER:
-                break
-            if not self._actions:
-                self._actions = self._next_actions()
-            if not self._actions:
-                break
-            self._perform(self._actions.pop(0))
-        self._server.unsettled[self] = None
-
-    def settle(self) -> None:
-        """End a turn: write the replies, and see what is to be waited for."""
-        self._flush()
-        if self._phase == OPEN and not self._hungry and len(self._replies) <= REPLY_BUFFER:
-            self._server.loop.resume_later(self)  # its turn is over, or its output has just been taken
-        # Whoever only waits for a delivery stays watched: most clients are silent now, and
-        # two system calls a mail are saved.  ready() takes out one that is not.
-        if self._phase != DELIVERING or self._replies:
-            self._watch()
-
-    def _next_actions(self) -> list[Action]:
-        if self._server.stopping and not self._session.in_transaction:
-            return [SHUTTING_DOWN, Close(orderly=False)]
-        actions = self._session.step()
-        self._hungry = not actions
-        if actions:
-            self._progress = self._server.loop.now
-        elif self._eof:
-            if self._session.in_transaction:
-                self.log("warning", "client left in the middle of a mail")
-            return [Close(orderly=not self._session.in_transaction)]
-        return actions
-
-    def _perform(self, action: Action) -> None:
-        if isinstance(action, bytes):
-            self._replies += action
-        elif isinstance(action, Deliver):
-            self._phase = DELIVERING
-            self._server.queue.submit(self, action)
-        elif isinstance(action, Pause):
-            delay = self._server.throttle.delay(self._server.loop.now, action.failed)
-            if delay:
-                self._phase = PAUSED
-                self._set_deadline(delay)
-        elif isinstance(action, Note):
-            self.log(action.level, action.text)
-        else:
-            self._close(action.orderly)
-
-    def _set_deadline(self, delay: float) -> None:
-        self._deadline = self._server.loop.now + delay
-        self._server.loop.schedule(self._deadline)
-
-    def delivered(self, reply: Reply) -> None:
-        """Take the outcome of the session's delivery; its client may have gone."""
-        if self._phase == DELIVERING:
-            self._phase = OPEN
-            self._progress = self._server.loop.now
-            self._server.loop.schedule(self.due())
-            self._actions = self._session.delivered(reply)
-            self.resume()
-
-    # Output
-
     def _flush(self) -> None:
-        while self._replies:
-            try:
-                written = self._write()
-            except BlockingIOError:
-                return
-            except OSError:
-                self._abandon()
-                return
-            del self._replies[:written]
-            if self._replies and self._phase == CLOSING:
-                self._set_deadline(FLUSH_TIMEOUT)
+        try:
+            while self._replies:
+                del self._replies[: os.write(self._writer, self._replies)]
+                if self._phase == CLOSING:
+                    self._set_deadline(FLUSH_TIMEOUT)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._vanish()
         if self._phase == CLOSING:
-            self._shut_down()
-
-    def _write(self) -> int:
-        if self._phase == CLOSING and self.orderly and self._sock is not None:
-            # We close at once: the reply to QUIT and the end go out together, and the client wakes but once.
-            return self._sock.send(self._replies, _MSG_MORE)
-        return os.write(self._writer, self._replies)
+            self._drain()
 
     def _watch(self) -> None:
         """Tell the loop what we wait for."""
         if self._phase == CLOSED:
             return
-        wanted = self._phase == OPEN and self._hungry and not self._eof and len(self._replies) <= REPLY_BUFFER
-        reading = READ * (wanted or self._phase == DRAINING)
+        reading = READ * (self._phase == DRAINING or (self._phase == OPEN and self._hungry and not self._clogged))
         writing = WRITE * bool(self._replies)
         if self._reader == self._writer:
             self._server.loop.watch(self._reader, reading | writing, self)
@@ -1794,11 +1741,60 @@ class Connection:
             self._server.loop.watch(self._reader, reading, self)
             self._server.loop.watch(self._writer, writing, self)
 
+    @property
+    def _clogged(self) -> bool:
+        """Whether the client does not take its replies."""
+        return len(self._replies) > REPLY_BUFFER
+
+    # Actions
+
+    def resume(self) -> None:
+        """Perform what the session wants until it needs input, must wait, or its turn is over."""
+        for _ in range(TURN_STEPS):
+            if self._server.stopping:
+                self.stop(now=False)
+            if self._phase != OPEN or self._hungry or self._clogged:
+                break
+            if not self._actions:
+                self._take_step()
+            if self._actions:
+                self._perform(self._actions.pop(0))
+        self._flush()
+        if self._phase == OPEN and not self._hungry and not self._clogged:
+            self._server.loop.resume_later(self)  # its turn is over, or its replies have just been taken
+        self._watch()
+
+    def _take_step(self) -> None:
+        self._actions = self._session.step()
+        if self._actions:
+            self._progress = self._server.loop.now
+        else:
+            self._hungry = True
+
+    def _perform(self, action: Action) -> None:
+        if isinstance(action, bytes):
+            self._replies += action
+        elif isinstance(action, Deliver):
+            self._deliver(action)
+        elif isinstance(action, AuthResult):
+            self._pause(self._server.throttle.delay(self._server.loop.now, action.failed))
+        elif isinstance(action, Note):
+            self.log(action.level, action.text)
+        else:
+            self._close(b"", action.orderly)
+
+    def conclude(self, delivered: bool, reply: Reply) -> None:
+        """Take the outcome of the session's delivery; its client may have gone."""
+        if self._phase == DELIVERING:
+            self._actions = self._session.conclude(delivered, reply)
+            self._progress = self._server.loop.now
+            self._reopen()
+
     # Time
 
     def due(self) -> float:
         if self._phase == OPEN:
-            return self._progress + self._server.patience
+            return self._progress + self._server.admission.patience
         return NEVER if self._phase == DELIVERING else self._deadline
 
     def expire(self) -> None:
@@ -1806,21 +1802,34 @@ class Connection:
             self.log("warning" if self._session.in_transaction else "info", "client timed out")
             self._say_goodbye(TIMED_OUT)
         elif self._phase == PAUSED:
-            self._phase = OPEN
-            self.resume()
+            self._reopen()
         else:
             self._forget()
 
-    # The end
+    def _set_deadline(self, delay: float) -> None:
+        self._deadline = self._server.loop.now + delay
+        self._server.loop.schedule(self._deadline)
 
-    def stop(self) -> None:
-        """End a session that is not in the middle of a mail; the others end when their mail has."""
-        if self._phase == OPEN and not self._session.in_transaction:
-            self._say_goodbye(SHUTTING_DOWN)
+    # Phases
 
-    def dismiss(self) -> None:
-        """End a session that did not come to an end after the server's stop."""
-        if self._phase in (OPEN, PAUSED):
+    def _pause(self, delay: float) -> None:
+        if delay:
+            self._phase = PAUSED
+            self._set_deadline(delay)
+
+    def _deliver(self, mail: Deliver) -> None:
+        self._phase = DELIVERING
+        self._server.queue.submit(self, mail)
+
+    def _reopen(self) -> None:
+        self._phase = OPEN
+        self._server.loop.schedule(self.due())
+        self._server.loop.resume_later(self)
+
+    def stop(self, now: bool) -> None:
+        """End a session because the server stops: before its next mail, or `now`, but for a delivery."""
+        busy = self._session.in_transaction or (self._actions and not self._clogged)
+        if (self._phase == OPEN and (now or not busy)) or (self._phase == PAUSED and now):
             self._say_goodbye(SHUTTING_DOWN)
 
     def crash(self) -> None:
@@ -1832,24 +1841,25 @@ class Connection:
                 raise
 
     def _say_goodbye(self, reply: Reply) -> None:
-        self._replies += reply
-        self._close(orderly=False)
+        self._close(reply, orderly=False)
         self._flush()
         self._watch()
 
-    def _close(self, orderly: bool) -> None:
+    def _close(self, last_reply: Reply, orderly: bool) -> None:
+        """Read nothing more, and send what is still to be said."""
+        self._replies += last_reply
         self.orderly = orderly
         self._phase = CLOSING
         self._set_deadline(FLUSH_TIMEOUT)
 
-    def _shut_down(self) -> None:
+    def _drain(self) -> None:
         """End our direction, and wait for the client's end unless it has said QUIT.
 
         If we closed while input is unread, the kernel would reset the
         connection and the client might never see our last reply.
         """
         try:
-            if self._sock is not None and not self._eof and not self.orderly:
+            if self._sock is not None and not self._ended and not self.orderly:
                 self._sock.shutdown(_socket.SHUT_WR)
                 self._phase = DRAINING
                 self._set_deadline(LINGER_TIMEOUT)
@@ -1858,8 +1868,8 @@ class Connection:
             pass  # the client has gone already
         self._forget()
 
-    def _abandon(self) -> None:
-        """Forget a client that has vanished; but its place stays taken while its delivery goes on."""
+    def _vanish(self) -> None:
+        """Forget a client that has reset the connection; but its place stays taken while its delivery goes on."""
         if self._phase == DELIVERING:
             self._replies.clear()
             return
@@ -1883,16 +1893,16 @@ class Connection:
 
 
 class Queue:
-    """The mails whose commands run or wait for their turn, and what commands have left behind."""
+    """The mails whose commands run or wait for their turn."""
 
     def __init__(self, loop: Loop, log: Log, command: Command) -> None:
         self.loop = loop
         self.log = log
         self.command = command
+        self.outputs = Outputs(loop)
         self.running: set[Delivery] = set()
-        self.leftovers: list[Leftover] = []
-        self.mirror_output = False  # the command's output also goes to our standard error
         self._waiting: list[Delivery] = []
+        loop.add_timed(self)
 
     @property
     def busy(self) -> bool:
@@ -1900,23 +1910,17 @@ class Queue:
 
     def submit(self, connection: Connection, mail: Deliver) -> None:
         """Put a mail at the end of the queue."""
-        delivery = Delivery(self, connection, mail)
-        self._waiting.append(delivery)
-        self.loop.add_timed(delivery)
+        self._waiting.append(Delivery(self, connection, mail))
+        self.loop.schedule(self.due())
+        self.loop.resume_later(self)
 
-    def start(self) -> None:
+    def resume(self) -> None:
         """Start commands, until MAX_COMMANDS are running or no mail waits."""
         while self._waiting and len(self.running) < MAX_COMMANDS:
             delivery = self._waiting.pop(0)
             self.running.add(delivery)
+            self.loop.add_timed(delivery)
             self.loop.guard(delivery, delivery.start)
-
-    def withdraw(self, delivery: Delivery) -> bool:
-        """Take back a mail if it still waits for its turn, and tell whether it did."""
-        if delivery not in self._waiting:
-            return False
-        self._waiting.remove(delivery)
-        return True
 
     def reap(self) -> None:
         """Look which commands have exited."""
@@ -1926,108 +1930,66 @@ class Queue:
     def finished(self, delivery: Delivery) -> None:
         """Forget a delivery, which makes room for another."""
         self.running.discard(delivery)
+        self.loop.remove_timed(delivery)
+        self.loop.resume_later(self)
 
-    def adopt(self, output: int) -> None:
-        """Go on reading from a pipe after its command has exited."""
-        self.leftovers.append(Leftover(self, output))
-        if len(self.leftovers) > MAX_LEFTOVERS:
-            self.leftovers[0].close()
+    def due(self) -> float:
+        return self._waiting[0].deadline if self._waiting else NEVER
 
-    def mirror(self, output: bytes) -> None:
-        """Pass on what a command prints, where nobody would see it else."""
-        if self.mirror_output:
-            write_now(2, output)
+    def expire(self) -> None:
+        while self.due() <= self.loop.now:
+            delivery = self._waiting.pop(0)
+            self.loop.guard(delivery, delivery.give_up)
+
+    def crash(self) -> None: ...
 
 
 class Delivery:
-    """Runs the command for one mail: from its place in the queue to the reply."""
+    """Runs the command for one mail, and tells the client how it went."""
 
     def __init__(self, queue: Queue, connection: Connection, mail: Deliver) -> None:
         self._queue = queue
         self._connection = connection
         self._mail = mail
         self._received = queue.loop.now
+        self.deadline = self._received + DELIVERY_TIMEOUT  # for its turn, then for its command
         self._pid = 0  # while it runs
-        self._output = self._output_end = -1  # both ends of the pipe for the command's output, while it runs
-        self._tail = b""  # of that output
-        self._deadline = self._received + DELIVERY_TIMEOUT  # for what expire() does next
-        self._watching = False  # whether we watch its output, which is in the pipe until then
+        self._output: Output | None = None  # once it runs
         self._timed_out = False
         self._crashed = False  # we have: nobody waits for the outcome
 
     # The process
 
     def start(self) -> None:
-        loop = self._queue.loop
         try:
             self._spawn()
         except OSError as error:
-            self._tail = os.fsencode(error.strerror or "")
-            loop.resume_later(self)  # for the reply: those of this turn have been sent
-            return
+            self._fail(b"451 4.3.0", "Command could not be started", os.fsencode(error.strerror or ""))
         finally:
             self._mail.spool.close()
-        self._deadline = loop.now + OUTPUT_DELAY
-        loop.schedule(self._deadline)
 
     def _spawn(self) -> None:
         envelope = self._mail.envelope
         stdin = self._mail.spool.open()
         try:
-            # We keep the other end too, or its EOF would wake us just before SIGCHLD does, once we watch.
-            self._output, self._output_end = os.pipe()
-            os.set_blocking(self._output, False)
-            self._pid = self._queue.command.start(envelope.sender, envelope.recipients, stdin, self._output_end)
+            self._output = Output(self._queue.outputs)
+            self._pid = self._queue.command.start(envelope.sender, envelope.recipients, stdin, self._output.writer)
         finally:
             os.close(stdin)
 
-    def resume(self) -> None:
-        self._finish(b"451 4.3.0", "Command could not be started")
-
-    def ready(self, events: int) -> None:
-        self._read_output(self._output)
-
-    def _read_output(self, output: int) -> bool:
-        """Keep the tail of what the command prints; return whether more may come."""
-        try:
-            data = os.read(output, RECEIVE_SIZE)
-        except BlockingIOError:
-            return True
-        self._tail = (self._tail + data)[-OUTPUT_TAIL:]
-        self._queue.mirror(data)
-        return bool(data)
-
-    def _end_output(self) -> None:
-        """Take what is in the pipe, and leave it to a Leftover if another process can print into it."""
-        output, self._output = self._output, -1
-        self._queue.loop.watch(output, 0, self)
-        os.close(self._output_end)
-        more = False
-        try:
-            # Up to the end, but not for ever: the biggest pipe (16 pages of 64 KiB), and its end.
-            more = all(self._read_output(output) for _ in range(MAX_PIPE // RECEIVE_SIZE + 1))
-        finally:
-            if more:
-                self._queue.adopt(output)
-            else:
-                os.close(output)
+    def give_up(self) -> None:
+        """End a delivery whose turn has not come in time."""
+        self._mail.spool.close()
+        self._fail(b"451 4.3.0", "No command was free in time", b"")
 
     def due(self) -> float:
-        return self._deadline
+        return self.deadline
 
     def expire(self) -> None:
-        """Watch a command's output, end one that takes too long, or give up waiting for its turn."""
-        if self._queue.withdraw(self):
-            self._mail.spool.close()
-            self._finish(b"451 4.3.0", "No command was free in time")
-        elif self._pid and not self._watching:
-            self._watching = True
-            self._queue.loop.watch(self._output, READ, self)
-            self._deadline = self._received + DELIVERY_TIMEOUT
-        elif self._pid:
-            self._kill_group(signal.SIGKILL if self._timed_out else signal.SIGTERM)
-            self._timed_out = True
-            self._deadline = self._queue.loop.now + KILL_DELAY
+        """End a command that takes too long: first by SIGTERM, then by SIGKILL."""
+        self._kill_group(signal.SIGKILL if self._timed_out else signal.SIGTERM)
+        self._timed_out = True
+        self.deadline = self._queue.loop.now + KILL_DELAY
 
     def _kill_group(self, number: int) -> None:
         """Send a signal to the command and all that it has started."""
@@ -2037,55 +1999,14 @@ class Delivery:
             pass  # it has just ended
 
     def reap(self) -> None:
-        """Finish if the command has exited; what it printed is in the pipe by now."""
-        if not self._pid:
-            return
+        """Finish if the command has exited."""
         pid, status = os.waitpid(self._pid, os.WNOHANG)
         if not pid:
             return
         if self._timed_out or self._crashed:
             self._kill_group(signal.SIGKILL)  # what is left of its group
         self._pid = 0
-        self._end_output()
-        if self._crashed:
-            self._release()
-        elif self._timed_out:
-            # Even if it exits with 0 now: a script may do so when the program in it has been killed.
-            self._finish(b"451 4.3.0", f"Command was still running {DELIVERY_TIMEOUT:.0f} seconds after the mail")
-        else:
-            self._finish(*judge(os.waitstatus_to_exitcode(status)))
-
-    # The outcome
-
-    def _finish(self, code: bytes, text: str) -> None:
-        if code[:1] == b"2":
-            reply = DELIVERED
-        else:
-            reply = failure_reply(code, text, self._tail, self._mail.envelope.utf8)
-        if not self._queue.log.silent:
-            self._log(reply, text)
-        self._release()
-        self._connection.delivered(reply)
-
-    def _log(self, reply: Reply, text: str) -> None:
-        failed = reply[:1] != b"2"
-        envelope = self._mail.envelope
-        recipients = printable(b",".join(b"<%s>" % recipient for recipient in envelope.recipients))
-        self._connection.log(
-            "error" if failed else "info",
-            f"mail from=<{printable(envelope.sender)}> to={recipients} count={len(envelope.recipients)}"
-            f" size={self._mail.size} reply={reply[:3].decode()} seconds={self._queue.loop.now - self._received:.3f}"
-            f" result={text}",
-        )
-        if failed:
-            for line in last_lines(self._tail, utf8=False):
-                self._connection.log("error", "command said: " + line[:LOG_FIELD])
-
-    def _release(self) -> None:
-        if self._output >= 0:  # it could not be started
-            self._end_output()
-        self._queue.loop.remove_timed(self)
-        self._queue.finished(self)
+        self._judge(os.waitstatus_to_exitcode(status))
 
     def crash(self) -> None:
         """Tell the client, and leave no process behind whose outcome nobody would tell."""
@@ -2096,35 +2017,112 @@ class Delivery:
             self._release()
         self._connection.crash()
 
+    # The outcome
 
-class Leftover:
-    """Reads what is printed by a process that a command has left behind.
+    def _judge(self, status: int) -> None:
+        assert self._output is not None
+        self._output.end()
+        if self._crashed:
+            self._release()
+        elif self._timed_out:
+            # Even if it exits with 0 now: a script may do so when the program in it has been killed.
+            late = f"Command was still running {DELIVERY_TIMEOUT:.0f} seconds after the mail"
+            self._fail(b"451 4.3.0", late, self._output.tail)
+        elif status == 0:
+            self._finish(True, DELIVERED, "Ok", b"")
+        else:
+            self._fail(*judge(status), self._output.tail)
 
-    If nobody did, that process would wait or die of SIGPIPE, with a mail
-    perhaps that has been acknowledged.
+    def _fail(self, code: bytes, text: str, output: bytes) -> None:
+        self._finish(False, failure_reply(code, text, output, self._mail.envelope.utf8), text, output)
+
+    def _finish(self, delivered: bool, reply: Reply, text: str, output: bytes) -> None:
+        if not self._queue.log.silent:
+            self._log("info" if delivered else "error", reply, text, output)
+        self._release()
+        self._connection.conclude(delivered, reply)
+
+    def _log(self, level: str, reply: Reply, text: str, output: bytes) -> None:
+        envelope = self._mail.envelope
+        recipients = printable(b",".join(b"<%s>" % recipient for recipient in envelope.recipients))
+        self._connection.log(
+            level,
+            f"mail from=<{printable(envelope.sender)}> to={recipients} count={len(envelope.recipients)}"
+            f" size={self._mail.size} reply={reply[:3].decode()} seconds={self._queue.loop.now - self._received:.3f}"
+            f" result={text}",
+        )
+        for line in last_lines(output, utf8=False):
+            self._connection.log(level, "command said: " + line[:LOG_FIELD])
+
+    def _release(self) -> None:
+        if self._output is not None:
+            self._output.end()
+        self._queue.finished(self)
+
+
+class Outputs:
+    """Where what commands print goes, and those that print on after their command's end."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.loop = loop
+        self.mirror = False  # to our standard error, where nobody would see it else
+        self.leftovers: list[Output] = []
+
+
+class Output:
+    """What one command prints: a pipe, of which the tail is kept.
+
+    It is read after the command's end too, while another process can print into
+    it: that would wait or die of SIGPIPE otherwise, with a mail perhaps that has
+    been acknowledged.
     """
 
-    def __init__(self, queue: Queue, output: int) -> None:
-        self._queue = queue
-        self._output = output
-        queue.loop.watch(output, READ, self)
+    def __init__(self, outputs: Outputs) -> None:
+        self.tail = b""
+        self._outputs = outputs
+        # We keep the other end, or its EOF would wake us just before SIGCHLD does.
+        self._reader, self.writer = os.pipe()
+        os.set_blocking(self._reader, False)
+        outputs.loop.watch(self._reader, READ, self)
 
     def ready(self, events: int) -> None:
-        try:
-            data = os.read(self._output, RECEIVE_SIZE)
-        except BlockingIOError:
-            return
-        self._queue.mirror(data)
-        if not data:
-            self.close()
+        if not self._read():
+            self._close()
 
-    def close(self) -> None:
-        self._queue.leftovers.remove(self)
-        self._queue.loop.watch(self._output, 0, self)
-        os.close(self._output)
+    def _read(self) -> bool:
+        """Keep the tail of what is printed; return whether more may come."""
+        try:
+            data = os.read(self._reader, RECEIVE_SIZE)
+        except BlockingIOError:
+            return True
+        self.tail = (self.tail + data)[-OUTPUT_TAIL:]
+        if self._outputs.mirror:
+            write_now(2, data)
+        return bool(data)
+
+    def end(self) -> None:
+        """Take what is in the pipe now that its command has ended."""
+        if self.writer < 0:
+            return
+        os.close(self.writer)
+        self.writer = -1
+        # Up to the end, but not for ever: the biggest pipe (16 pages of 64 KiB), and its end.
+        if not all(self._read() for _ in range(MAX_PIPE // RECEIVE_SIZE + 1)):
+            self._close()
+            return
+        self._outputs.leftovers.append(self)
+        if len(self._outputs.leftovers) > MAX_LEFTOVERS:
+            self._outputs.leftovers[0]._close()
+
+    def _close(self) -> None:
+        if self in self._outputs.leftovers:
+            self._outputs.leftovers.remove(self)
+        self._outputs.loop.watch(self._reader, 0, self)
+        os.close(self._reader)
+        self._reader = -1
 
     def crash(self) -> None:
-        self.close()
+        self._close()
 
 
 class Listener:
@@ -2139,13 +2137,13 @@ class Listener:
         self._server.loop.watch(self._sock.fileno(), READ * wanted, self)
 
     def ready(self, events: int) -> None:
-        if not self._server.admits:
+        if not self._server.admission.admits:
             return  # another listener has just taken the last place
         try:
             sock, address = self._sock.accept()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
-                self._server.rest(error)
+                self._server.admission.rest(error)
             return  # or the client has gone already
         sock.setblocking(False)
         self._server.begin(sock.fileno(), sock.fileno(), sock, ip_address(address))
@@ -2652,8 +2650,8 @@ def serve_daemon(server: Server, options: Options) -> int:
             server.log.write("warning", warning)
             if options.log != "stderr":
                 complain("warning: " + warning)
-    server.queue.mirror_output = server.log.silent
-    server.max_sessions = affordable_sessions()
+    server.queue.outputs.mirror = server.log.silent
+    server.admission.max_sessions = affordable_sessions()
     server.listen(sockets, notify_systemd)
     server.run()
     server.log.write("info", "stopped")

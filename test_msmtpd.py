@@ -110,6 +110,14 @@ class Peer:
         return msmtpd.Spool()
 
     def feed(self, data: bytes) -> None:
+        if data:
+            self._take(data)
+
+    def end(self) -> None:
+        """Say that no more input will come."""
+        self._take(b"")
+
+    def _take(self, data: bytes) -> None:
         self.session.receive(data)
         while actions := self.session.step():
             for action in actions:
@@ -122,9 +130,9 @@ class Peer:
         elif isinstance(action, msmtpd.Deliver):
             self.mails.append(Mail(action))
             self.events.append(str(self.mails[-1]))
-            for reply in self.session.delivered(self.outcome):
+            for reply in self.session.conclude(self.outcome[:1] == b"2", self.outcome):
                 self._perform(reply)
-        elif isinstance(action, msmtpd.Pause):
+        elif isinstance(action, msmtpd.AuthResult):
             self.pauses.append(action.failed)
         elif isinstance(action, msmtpd.Note):
             self.notes.append(action.text)
@@ -163,7 +171,7 @@ def play(text: str, policy: msmtpd.Policy | None = None, outcome: bytes = msmtpd
     assert matches(expected, peer.events), f"{peer.events} is not {expected}"
 
     octets = b"".join(client_octets(line) for line in lines if line[:1] == "C")
-    splits = [[octets[:i], octets[i:]] for i in range(len(octets))]
+    splits = [[octets[:i], octets[i:]] for i in range(1, len(octets))]
     for pieces in [[octets], [octets[i : i + 1] for i in range(len(octets))], *splits]:
         other = Peer(policy, outcome)
         for piece in pieces:
@@ -2842,8 +2850,7 @@ class World:
 
     def turn(self, times: int = 5) -> None:
         for _ in range(times):
-            self.loop.turn()
-            self.server.settle()
+            self.server.turn()
 
     def wait(self, seconds: float) -> None:
         """Let time pass, all at once."""
@@ -2900,8 +2907,7 @@ class World:
             self.server.queue.reap()
             self.wait(400)
         self.held.close()
-        for listener in self.server._listeners:
-            listener.close()
+        self.server.admission.close()
         self.selector.close()
 
 
@@ -3011,7 +3017,7 @@ def mail_to(recipient: str) -> bytes:
 
 
 def test_clients_beyond_the_limit_wait_and_are_served_in_their_order(world: World) -> None:
-    world.server.max_sessions = 4
+    world.server.admission.max_sessions = 4
     port = world.listen()
     clients = [world.connect(port) for _ in range(7)]
     assert [client.hear() for client in clients] == [[220]] * 4 + [[]] * 3
@@ -3031,7 +3037,7 @@ def test_clients_beyond_the_limit_wait_and_are_served_in_their_order(world: Worl
 
 
 def test_silent_clients_are_let_go_after_ten_seconds_where_all_sessions_are_taken(world: World) -> None:
-    world.server.max_sessions = 3
+    world.server.admission.max_sessions = 3
     port = world.listen()
     early = world.connect(port)
     world.wait(100)
@@ -3047,7 +3053,7 @@ def test_silent_clients_are_let_go_after_ten_seconds_where_all_sessions_are_take
 
 
 def test_busy_clients_stay_where_all_sessions_are_taken(world: World) -> None:
-    world.server.max_sessions = 2
+    world.server.admission.max_sessions = 2
     busy, delivering = world.call(), world.call()
     delivering.say(HELO + mail_to("c@d"))
     for _ in range(10):
@@ -3059,7 +3065,7 @@ def test_busy_clients_stay_where_all_sessions_are_taken(world: World) -> None:
 
 def test_patience_is_short_after_a_long_delivery_too(world: World) -> None:
     """The deadline comes nearer when the delivery ends; nobody else sets the timer then."""
-    world.server.max_sessions = 1
+    world.server.admission.max_sessions = 1
     client = world.call()
     client.say(HELO + mail_to("c@d"))
     world.wait(100)
@@ -3183,34 +3189,10 @@ def test_a_flood_of_commands_stays_bounded_and_lets_others_have_their_turn(world
     for _ in range(200):
         client.pump(commands)
         world.turn(1)
-        assert len(codes(client.read())) <= msmtpd.TURN_STEPS
+        assert len(codes(client.read())) <= 2 * msmtpd.TURN_STEPS  # one when it is read, one with the rest
         assert len(connection._session._input) <= 2 * msmtpd.RECEIVE_SIZE
     other = world.call()
     assert other.say(HELO + b"NOOP\r\n") == [220, 250, 250]
-
-
-def test_a_turn_takes_all_input_then_sends_the_replies_then_starts_commands(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    order: list[str] = []
-
-    def noting(what: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        def noted(*arguments: Any) -> Any:
-            order.append(what)
-            return method(*arguments)
-
-        return noted
-
-    clients = [world.call() for _ in range(3)]
-    head, data, text = mail_to("c@d").partition(b"DATA\r\n")
-    assert clients[0].say(HELO + head + data)[-1] == 354
-    monkeypatch.setattr(msmtpd.Connection, "_receive", noting("input", msmtpd.Connection._receive))
-    monkeypatch.setattr(msmtpd.Connection, "_write", noting("reply", msmtpd.Connection._write))
-    monkeypatch.setattr(world.held, "start", noting("command", world.held.start))
-    for client, octets in zip(clients, (text, b"NOOP\r\n", b"NOOP\r\n")):
-        client.sock.sendall(octets)
-    world.turn(1)
-    assert order == ["input"] * 3 + ["reply"] * 2 + ["command"]
 
 
 def test_a_flood_is_worked_off_to_its_end(world: World) -> None:
@@ -3451,9 +3433,8 @@ def test_a_command_that_ignores_sigterm_is_killed_ten_seconds_later(make_world: 
 
     def stubborn() -> bool:
         world.turn()
-        return b"kept me" in delivery._tail
+        return delivery._output is not None and b"kept me" in delivery._output.tail
 
-    world.wait(msmtpd.OUTPUT_DELAY)
     wait_until(stubborn)
     world.wait(600.1)
     world.wait(9.8)
@@ -3487,45 +3468,22 @@ def test_the_reason_is_found_at_the_end_of_a_big_pipe(make_world: Callable[..., 
     client.say(HELO + mail_to("c@d"))
     (delivery,) = world.server.queue.running
     set_pipe_size = 1031  # fcntl.F_SETPIPE_SZ, which Python 3.9 does not name
-    fcntl.fcntl(delivery._output_end, set_pipe_size, msmtpd.MAX_PIPE)
+    assert delivery._output is not None
+    fcntl.fcntl(delivery._output.writer, set_pipe_size, msmtpd.MAX_PIPE)
     world.reap(delivery._pid)
-    assert client.read().endswith(b"451 4.3.0 THE REASON\r\n") and not world.server.queue.leftovers
+    assert client.read().endswith(b"451 4.3.0 THE REASON\r\n") and not world.server.queue.outputs.leftovers
 
 
-def test_what_a_command_has_printed_when_it_ends_is_no_leftover(
-    make_world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    adopted: list[int] = []
-    monkeypatch.setattr(msmtpd.Queue, "adopt", lambda queue, output: adopted.append(output))
+def test_what_a_command_has_printed_when_it_ends_is_no_leftover(make_world: Callable[..., World]) -> None:
     world = make_world(command="echo because; exit 65; :")
     client = world.call()
     client.say(HELO + mail_to("c@d"))
     (delivery,) = world.server.queue.running
-    world.reap(delivery._pid)
-    assert client.read().endswith(b"554 5.3.0 because\r\n") and not adopted
-
-
-def test_the_output_of_a_command_is_watched_once_it_takes_its_time(make_world: Callable[..., World]) -> None:
-    """Before that it is in the pipe, and a command that fills it waits."""
-    world = make_world(command="head -c 200000 /dev/zero | tr '\\0' x; exit 75; :")
-    client = world.call()
-    watched = len(world.selector.get_map())
-    client.say(HELO + mail_to("c@d"))
-    (delivery,) = world.server.queue.running
-    assert len(world.selector.get_map()) == watched
-    world.wait(0.09)
-    assert len(world.selector.get_map()) == watched
-    world.wait(0.011)
-    assert len(world.selector.get_map()) == watched + 1
-
-    def ended() -> bool:
-        world.turn()
-        return os.waitid(os.P_PID, delivery._pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
-
-    wait_until(ended)
-    world.reap()
-    assert client.read().startswith(b"451") and delivery._tail == b"x" * msmtpd.OUTPUT_TAIL
-    assert len(world.selector.get_map()) == watched
+    os.waitid(os.P_PID, delivery._pid, os.WEXITED | os.WNOWAIT)
+    world.server.queue.reap()
+    assert not world.server.queue.outputs.leftovers
+    world.turn()
+    assert client.read().endswith(b"554 5.3.0 because\r\n")
 
 
 def test_what_a_command_leaves_running_delays_nothing(make_world: Callable[..., World]) -> None:
@@ -3623,7 +3581,7 @@ def test_a_server_without_descriptors_rests_and_recovers_with_one_line_each(worl
 
 def test_a_listener_that_cannot_be_watched_again_is_tried_later(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """epoll_ctl(2) needs memory, which may have run out just then."""
-    world.server.max_sessions = 1
+    world.server.admission.max_sessions = 1
     port = world.listen()
     first = world.connect(port)
     second = world.connect(port)
@@ -3687,7 +3645,7 @@ def test_an_exception_in_a_session_costs_this_client_only(world: World, monkeypa
     assert len(world.server.connections) == 1
 
 
-@pytest.mark.parametrize("name", ["start", "_spawn", "_read_output", "_finish", "_log", "reap"])
+@pytest.mark.parametrize("name", ["start", "_spawn", "_judge", "_finish", "_log", "reap"])
 def test_an_exception_in_a_delivery_costs_this_client_only(
     world: World, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -3867,9 +3825,11 @@ def test_a_stop_during_a_pause_gives_the_outcome_first(make_world: Callable[...,
 def test_a_second_stop_ends_at_once(world: World) -> None:
     world.call().say(DATA)
     world.server.stop()
+    world.server.stop()
     with pytest.raises(SystemExit) as end:
-        world.server.stop()
+        world.turn()
     assert end.value.code == 1
+    world.server._at_once = False
 
 
 def test_a_mail_that_is_delivered_just_before_a_second_stop_is_answered(world: World) -> None:
@@ -3880,9 +3840,11 @@ def test_a_mail_that_is_delivered_just_before_a_second_stop_is_answered(world: W
     world.held.end(0, 0)
     os.waitid(os.P_PID, world.held.pids[0], os.WEXITED | os.WNOWAIT)
     world.server.queue.reap()
+    world.server.stop()
     with pytest.raises(SystemExit):
-        world.server.stop()
+        world.turn()
     assert client.hear()[-2:] == [250, 421] and other.hear() == []
+    world.server._at_once = False
 
 
 # ---- Faults, load and limits: as processes ---------------------------------
