@@ -4219,10 +4219,6 @@ def test_a_thousand_clients_at_once_with_a_mail_each(start: Callable[..., Daemon
 
 
 # ---- Exactness: what becomes of a mail when something dies -----------------
-#
-# The table is also the manual page's.  Each row is played: the part, then who
-# dies when; the fate is told in words for the reader and in figures for the
-# test: the code that the client gets (0 for none) and the deliveries.
 
 GATED = r"""#!/bin/sh
 # Takes the mail, waits at the gate and ends as the test has written there.
@@ -4234,75 +4230,97 @@ read status < "$MAILS/status"
 [ "$status" = 0 ] && mv "$MAILS/$$.part" "$MAILS/$$.mail"
 exit "$status"
 """
+REST_OF_MAIL = b"lo\r\n.\r\n"
 
 
 class Stage:
     """A server whose commands wait at a gate, and a client in the middle of a mail."""
 
     def __init__(self, start: Callable[..., Daemon], box: Box) -> None:
-        self.box = box
+        self.box, self.spool = box, box.directory / "spool"
+        self.spool.mkdir()
         box.record.write_text(GATED)
         os.mkfifo(box.directory / "gate")
+        self.daemon = start(f"--command={box.record}", environment={**box.environment, "TMPDIR": str(self.spool)})
+        self.clients = [self.daemon.connect()]
+        self.client = self.clients[0]
         self._gate = -1
-        spool = box.directory / "spool"
-        spool.mkdir()
-        self.daemon = start(f"--command={box.record}", environment={**box.environment, "TMPDIR": str(spool)})
-        self.client = self.daemon.connect()
 
-    def running(self) -> int:
-        return len(list(self.box.directory.glob("*.running")))
-
-    def say(self, octets: bytes, replies: int) -> None:
-        """Send, and wait for that many replies."""
-        self.client.sendall(octets)
+    def reach(self, phase: str) -> None:
+        """Bring the client's mail into a phase: its session is idle, it is in the data, waiting or running."""
+        others = msmtpd.MAX_COMMANDS if phase == "waiting" else 0
+        for _ in range(others):
+            self.clients.append(self.daemon.connect())
+            self.clients[-1].sendall(MAIL)
+        self.await_running(others)
+        say, replies = (HELO, 2) if phase == "idle" else (DATA, 5)
+        self.client.sendall(say)
         heard = b""
         while len(codes(heard)) < replies:
             heard += self.client.recv(65536)
+        if phase != "idle":
+            self.client.sendall(b"Subject: test\r\n\r\nhel")
+        if phase in ("waiting", "running"):
+            self.client.sendall(REST_OF_MAIL)
+            self.await_running(others or 1)
+            self.daemon.talk(b"QUIT\r\n")  # the dot has been read when this is answered
 
-    def send_data(self) -> None:
-        self.say(DATA, 5)
-        self.client.sendall(b"Subject: test\r\n\r\nhel")
+    def await_running(self, number: int) -> None:
+        wait_until(lambda: len(list(self.box.directory.glob("*.running"))) == number)
 
-    def send_mail(self) -> None:
-        """Send a mail and wait until its command runs."""
-        self.say(DATA, 5)
-        self.client.sendall(b"Subject: test\r\n\r\nhello\r\n.\r\n")
-        wait_until(lambda: self.running() == 1)
+    def suffer(self, event: str, phase: str) -> None:
+        process = self.daemon.process
+        if event == "the client vanishes":
+            reset(self.client)
+        elif event == "the client leaves":
+            self.client.shutdown(socket.SHUT_RD)
+            self.client.close()
+        elif event == "the command is killed":
+            os.kill(self.daemon.children()[0], signal.SIGKILL)
+        elif event == "the command is removed":
+            self.box.record.unlink()
+        elif event == "the disk is full":
+            with limited(self.daemon, resource.RLIMIT_FSIZE, 50_000):
+                self.client.sendall(b"x\r\n" * 70_000 + REST_OF_MAIL)
+                wait_until(lambda: "cannot store a mail" in self.daemon.log())
+        elif event == "SIGKILL":
+            process.kill()
+            process.wait()
+        elif event.startswith("SIGTERM"):
+            process.terminate()
+            wait_until(lambda: "stopping, 1 sessions" in self.daemon.log())
+            if event == "SIGTERM twice":
+                process.terminate()
+                assert process.wait(10) == 1
+        if (phase, event) in (("data", "SIGTERM"), ("data", "the command is removed")):
+            self.client.sendall(REST_OF_MAIL)
 
-    def open_gate(self, status: int = 0) -> None:
+    def open_gate(self, status: int) -> None:
         """Let the commands end, those to come too."""
         (self.box.directory / "status").write_text(f"{status}\n")
         self._gate = os.open(self.box.directory / "gate", os.O_RDWR)
 
-    def signal(self, number: int) -> None:
-        self.daemon.process.send_signal(number)
-
     def last_code(self) -> int:
         """Return the code of the last reply but a 421 behind it; 0 if there is none."""
         try:
-            with contextlib.suppress(OSError):
-                self.client.shutdown(socket.SHUT_WR)
-            heard = codes(read_all(self.client))
+            self.client.shutdown(socket.SHUT_WR)
+            return [*codes(read_all(self.client)), 0][0]
         except OSError:
             return 0
-        return heard[0] if heard else 0
 
-    def delivered(self) -> int:
-        quiet_after(self.box)
+    def delivered(self, expected: int) -> int:
+        """Return how many mails were delivered, once these were and every command that began has ended."""
+        wait_until(lambda: len(self.box.mails()) >= expected)
+        pids = [int(path.stem) for path in self.box.directory.glob("*.running")]
+        wait_until(lambda: all(process_state(pid)[0] in ("", "Z") for pid in pids))
         return len(self.box.mails())
 
     def close(self) -> None:
         if self._gate < 0:
             self.open_gate(75)
-        quiet_after(self.box)
         os.close(self._gate)
-        self.client.close()
-
-
-def quiet_after(box: Box) -> None:
-    """Wait until every command that began has ended."""
-    pids = [int(path.stem) for path in box.directory.glob("*.running")]
-    wait_until(lambda: all(process_state(pid)[0] in ("", "Z") for pid in pids))
+        for client in self.clients:
+            client.close()
 
 
 @pytest.fixture
@@ -4312,235 +4330,26 @@ def stage(start: Callable[..., Daemon], box: Box) -> Iterator[Stage]:
     stage.close()
 
 
-def client_dies_in_data(stage: Stage) -> None:
-    stage.send_data()
-    reset(stage.client)
-
-
-def client_dies_in_queue(stage: Stage) -> None:
-    with contextlib.ExitStack() as stack:
-        for _ in range(msmtpd.MAX_COMMANDS):
-            stack.enter_context(stage.daemon.connect()).sendall(MAIL)
-        wait_until(lambda: stage.running() == msmtpd.MAX_COMMANDS)
-        stage.say(DATA, 5)
-        stage.client.sendall(b"x\r\n.\r\n")
-        stage.client.close()
-        stage.open_gate()
-    wait_until(lambda: stage.running() == msmtpd.MAX_COMMANDS + 1)
-
-
-def client_dies_in_delivery(stage: Stage) -> None:
-    stage.send_mail()
-    reset(stage.client)
-    stage.open_gate()
-    wait_until(lambda: "reply=250" in stage.daemon.log())
-
-
-def client_dies_before_reply(stage: Stage) -> None:
-    stage.send_mail()
-    stage.client.shutdown(socket.SHUT_RD)
-    stage.client.close()
-    stage.open_gate()
-
-
-def command_refuses(stage: Stage) -> None:
-    stage.send_mail()
-    stage.open_gate(65)
-
-
-def command_fails_for_now(stage: Stage) -> None:
-    stage.send_mail()
-    stage.open_gate(75)
-
-
-def command_is_killed(stage: Stage) -> None:
-    stage.send_mail()
-    os.kill(stage.daemon.children()[0], signal.SIGKILL)
-
-
-def command_is_missing(stage: Stage) -> None:
-    stage.box.record.unlink()
-    stage.say(DATA, 5)
-    stage.client.sendall(b"x\r\n.\r\n")
-
-
-def disk_fills_up(stage: Stage) -> None:
-    with limited(stage.daemon, resource.RLIMIT_FSIZE, 50_000):
-        stage.say(DATA, 5)
-        stage.client.sendall(big_mail(200_000))
-        wait_until(lambda: "cannot store a mail" in stage.daemon.log())
-
-
-def server_is_killed_in_data(stage: Stage) -> None:
-    stage.send_data()
-    stage.signal(signal.SIGKILL)
-    stage.daemon.process.wait()
-
-
-def server_is_killed_in_queue(stage: Stage) -> None:
-    with contextlib.ExitStack() as stack:
-        for _ in range(msmtpd.MAX_COMMANDS):
-            stack.enter_context(stage.daemon.connect()).sendall(MAIL)
-        wait_until(lambda: stage.running() == msmtpd.MAX_COMMANDS)
-        stage.say(DATA, 5)
-        stage.client.sendall(b"x\r\n.\r\n")
-        stage.daemon.talk(b"QUIT\r\n")  # the dot has been read when this is answered
-        stage.signal(signal.SIGKILL)
-        stage.daemon.process.wait()
-        stage.open_gate()
-
-
-def server_is_killed_in_delivery(stage: Stage) -> None:
-    stage.send_mail()
-    stage.signal(signal.SIGKILL)
-    stage.daemon.process.wait()
-    stage.open_gate()
-
-
-def server_is_stopped_when_idle(stage: Stage) -> None:
-    stage.say(HELO, 2)
-    stage.signal(signal.SIGTERM)
-    wait_until(lambda: "stopping, 1 sessions" in stage.daemon.log())
-
-
-def server_is_stopped_in_data(stage: Stage) -> None:
-    stage.send_data()
-    stage.signal(signal.SIGTERM)
-    wait_until(lambda: "stopping, 1 sessions" in stage.daemon.log())
-    stage.client.sendall(b"lo\r\n.\r\n")
-    stage.open_gate()
-
-
-def server_is_stopped_in_delivery(stage: Stage) -> None:
-    stage.send_mail()
-    stage.signal(signal.SIGTERM)
-    wait_until(lambda: "stopping, 1 sessions and 1 commands" in stage.daemon.log())
-    stage.open_gate()
-
-
-def server_is_stopped_twice_in_data(stage: Stage) -> None:
-    stage.send_data()
-    stage.signal(signal.SIGTERM)
-    wait_until(lambda: "stopping" in stage.daemon.log())
-    stage.signal(signal.SIGTERM)
-    assert stage.daemon.process.wait(10) == 1
-
-
-def server_is_stopped_twice_in_delivery(stage: Stage) -> None:
-    stage.send_mail()
-    stage.signal(signal.SIGTERM)
-    wait_until(lambda: "stopping" in stage.daemon.log())
-    stage.signal(signal.SIGTERM)
-    assert stage.daemon.process.wait(10) == 1
-    stage.open_gate()
-
-
-# Row by row: the entry of the manual page's WHAT BECOMES OF A MAIL that tells
-# what becomes of it, what happens, the last reply, and how many are delivered.
-EXACTNESS: dict[str, tuple[str, Callable[[Stage], None], int, int]] = {
-    "client, before the final dot": (
-        "The client leaves, stalls or dies before the end of its mail",
-        client_dies_in_data,
-        0,
-        0,
-    ),
-    "client, after the final dot while the mail waits for its turn": (
-        "The client dies after the end of its mail",
-        client_dies_in_queue,
-        0,
-        17,
-    ),
-    "client, while the command runs": (
-        "The client dies after the end of its mail",
-        client_dies_in_delivery,
-        0,
-        1,
-    ),
-    "client, before it has read the reply": (
-        "The command exits with 0, but the reply does not reach the client",
-        client_dies_before_reply,
-        0,
-        1,
-    ),
-    "command, by its own decision": (
-        "The command fails",
-        command_refuses,
-        554,
-        0,
-    ),
-    "command, by a temporary failure": (
-        "The command fails",
-        command_fails_for_now,
-        451,
-        0,
-    ),
-    "command, by a signal or the time limit": (
-        "The command is killed, or takes too long",
-        command_is_killed,
-        451,
-        0,
-    ),
-    "command, before it could be started": (
-        "The command cannot be started",
-        command_is_missing,
-        451,
-        0,
-    ),
-    "disk, full while the mail is received": (
-        "The disk with the spool is full or cannot be written to",
-        disk_fills_up,
-        452,
-        0,
-    ),
-    "msmtpd, killed before the final dot": (
-        "msmtpd is killed by SIGKILL, crashes or is told twice to stop",
-        server_is_killed_in_data,
-        0,
-        0,
-    ),
-    "msmtpd, killed while the mail waits for its turn": (
-        "msmtpd is killed by SIGKILL, crashes or is told twice to stop",
-        server_is_killed_in_queue,
-        0,
-        16,
-    ),
-    "msmtpd, killed while the command runs": (
-        "msmtpd is killed by SIGKILL, crashes or is told twice to stop",
-        server_is_killed_in_delivery,
-        0,
-        1,
-    ),
-    "msmtpd, SIGTERM between mails": (
-        "msmtpd is told to stop",
-        server_is_stopped_when_idle,
-        421,
-        0,
-    ),
-    "msmtpd, SIGTERM before the final dot": (
-        "msmtpd is told to stop",
-        server_is_stopped_in_data,
-        250,
-        1,
-    ),
-    "msmtpd, SIGTERM while the command runs": (
-        "msmtpd is told to stop",
-        server_is_stopped_in_delivery,
-        250,
-        1,
-    ),
-    "msmtpd, a second SIGTERM before the final dot": (
-        "msmtpd is killed by SIGKILL, crashes or is told twice to stop",
-        server_is_stopped_twice_in_data,
-        0,
-        0,
-    ),
-    "msmtpd, a second SIGTERM while the command runs": (
-        "msmtpd is killed by SIGKILL, crashes or is told twice to stop",
-        server_is_stopped_twice_in_delivery,
-        0,
-        1,
-    ),
-}
+KILLED = "msmtpd is killed by SIGKILL, crashes or is told twice to stop"
+EXACTNESS = [  # entry of WHAT BECOMES OF A MAIL, phase and event, exit status; the code of the last reply, deliveries
+    ("The client leaves, stalls or dies before the end of its mail", "data", "the client vanishes", 0, 0, 0),
+    ("The client dies after the end of its mail", "waiting", "the client leaves", 0, 0, 17),
+    ("The client dies after the end of its mail", "running", "the client vanishes", 0, 0, 1),
+    ("The command exits with 0, but the reply does not reach the client", "running", "the client leaves", 0, 0, 1),
+    ("The command fails", "running", "the command refuses", 65, 554, 0),
+    ("The command fails", "running", "the command fails for now", 75, 451, 0),
+    ("The command is killed, or takes too long", "running", "the command is killed", 0, 451, 0),
+    ("The command cannot be started", "data", "the command is removed", 0, 451, 0),
+    ("The disk with the spool is full or cannot be written to", "data", "the disk is full", 0, 452, 0),
+    (KILLED, "data", "SIGKILL", 0, 0, 0),
+    (KILLED, "waiting", "SIGKILL", 0, 0, 16),
+    (KILLED, "running", "SIGKILL", 0, 0, 1),
+    ("msmtpd is told to stop", "idle", "SIGTERM", 0, 421, 0),
+    ("msmtpd is told to stop", "data", "SIGTERM", 0, 250, 1),
+    ("msmtpd is told to stop", "running", "SIGTERM", 0, 250, 1),
+    (KILLED, "data", "SIGTERM twice", 0, 0, 0),
+    (KILLED, "running", "SIGTERM twice", 0, 0, 1),
+]
 
 # Entries whose tests stand elsewhere, and one for which a machine would have to go down.
 TESTED_ELSEWHERE = {
@@ -4551,19 +4360,19 @@ TESTED_ELSEWHERE = {
 }
 
 
-@pytest.mark.parametrize("row", EXACTNESS)
-def test_exactness(stage: Stage, row: str) -> None:
-    _, play_row, code, deliveries = EXACTNESS[row]
-    play_row(stage)
-    assert (stage.last_code(), stage.delivered()) == (code, deliveries)
-    contents = {content for _, content in stage.box.mails()}
-    assert contents <= {CONTENT, b"x\n"}
-    assert os.listdir(stage.box.directory / "spool") == []
-    if stage.daemon.process.poll() is None and "SIGTERM" not in row:
+@pytest.mark.parametrize("phase, event, status, code, deliveries", [row[1:] for row in EXACTNESS])
+def test_exactness(stage: Stage, phase: str, event: str, status: int, code: int, deliveries: int) -> None:
+    stage.reach(phase)
+    stage.suffer(event, phase)
+    stage.open_gate(status)
+    assert (stage.last_code(), stage.delivered(deliveries)) == (code, deliveries)
+    assert {content for _, content in stage.box.mails()} <= {CONTENT}
+    assert os.listdir(stage.spool) == []
+    if event == "SIGTERM":
+        assert stage.daemon.process.wait(10) == 0
+    elif stage.daemon.process.poll() is None:
         quiet(stage.daemon)
         assert codes(stage.daemon.talk(b"NOOP\r\nQUIT\r\n")) == [220, 250, 221]
-    elif "second" not in row and "killed" not in row:
-        assert stage.daemon.process.wait(10) == 0
 
 
 # ---- Documents -------------------------------------------------------------
@@ -4675,7 +4484,7 @@ def test_options_that_the_text_mentions_exist() -> None:
 
 def test_what_becomes_of_a_mail_is_tested_entry_by_entry() -> None:
     entries = re.findall(r"^\.It (.*)", section("WHAT BECOMES OF A MAIL"), re.M)
-    assert {entry for entry, *_ in EXACTNESS.values()} | set(TESTED_ELSEWHERE) == set(entries)
+    assert {row[0] for row in EXACTNESS} | set(TESTED_ELSEWHERE) == set(entries)
     assert set(TESTED_ELSEWHERE.values()) <= set(globals())
 
 
