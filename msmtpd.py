@@ -1049,7 +1049,7 @@ VERBS: Mapping[bytes, tuple[Effect, tuple[Condition, ...]]] = {
 # pipe to us as 1 and 2; no other descriptor, no ignored or blocked signal.
 # What its exit status means to the client is in judge().
 
-_SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
+_SIGNALS = {number for number in signal.valid_signals() if number < 32} - {signal.SIGKILL, signal.SIGSTOP}
 _NO_SHELL_SYNTAX = _PLAIN + b" \t"
 _PUNCTUATION_TO_BLANKS = bytes.maketrans(b"|&;(){}\"'`", b" " * 10)
 _REPARSERS = (b"eval", b"rsh", b"runuser", b"ssh", b"su")
@@ -1107,14 +1107,13 @@ class Command:
         """
         sender = sender or b"MAILER-DAEMON"
         environment = {**self._environment, b"MSMTPD_SENDER": sender}
-        actions = [(os.POSIX_SPAWN_DUP2, stdin, 0), (os.POSIX_SPAWN_DUP2, output, 1), (os.POSIX_SPAWN_DUP2, output, 2)]
         if self._program is not None:
             try:
-                return spawn(self._program, self._arguments(sender, recipients), environment, actions)
+                return spawn(self._program, self._arguments(sender, recipients), environment, stdin, output)
             except OSError as error:
                 if error.errno != errno.ENOEXEC:  # a script without #! is for the shell
                     raise
-        return spawn("/bin/sh", [b"sh", b"-c", self.script, b"sh", *recipients], environment, actions)
+        return spawn("/bin/sh", [b"sh", b"-c", self.script, b"sh", *recipients], environment, stdin, output)
 
     def check(self) -> str:
         """Let the shell read a command that it will have to run; return a warning, or nothing.
@@ -1170,15 +1169,19 @@ def find_program(name: str) -> str | None:
     return None
 
 
-def spawn(
-    program: str, arguments: list[bytes], environment: Mapping[bytes, bytes], actions: list[tuple[int, int, int]]
-) -> int:
+def spawn(program: str, arguments: list[bytes], environment: Mapping[bytes, bytes], stdin: int, output: int) -> int:
     """Start a process in a session of its own, with all signals as they are by default."""
-    options: Any = {"file_actions": actions, "setsigmask": (), "setsigdef": _SIGNALS}
     try:
-        return os.posix_spawn(program, arguments, environment, setsid=True, **options)
-    except NotImplementedError:  # macOS and the BSDs know process groups only
-        return os.posix_spawn(program, arguments, environment, setpgroup=0, **options)
+        actions = [(os.POSIX_SPAWN_DUP2, *pair) for pair in ((stdin, 0), (output, 1), (output, 2))]
+        options: Any = {"file_actions": actions, "setsigmask": (), "setsigdef": _SIGNALS, "setsid": True}
+        return os.posix_spawn(program, arguments, environment, **options)
+    except (AttributeError, NotImplementedError):  # PyPy has none, and that of the BSDs makes no session
+        import subprocess
+    popen: Any = {"stdin": stdin, "stdout": output, "stderr": output, "start_new_session": True}
+    popen["preexec_fn"] = lambda: [signal.signal(number, signal.SIG_DFL) for number in _SIGNALS]
+    child = subprocess.Popen(arguments, executable=program, env=environment, **popen)
+    child.returncode = 0  # it is ours to wait for, not that module's
+    return child.pid
 
 
 def judge(status: int) -> tuple[bytes, str]:
@@ -2242,15 +2245,36 @@ def serve_inetd(server: Server) -> int:
     return 0 if connection.orderly else 1
 
 
+def is_same(one: int, other: int) -> bool:
+    """Tell whether two descriptors are open on the same file, pipe or socket."""
+    if not os.path.sameopenfile(one, other) or os.fstat(one).st_ino:
+        return os.path.sameopenfile(one, other)
+    # Sockets of the BSDs, and pipes of OpenBSD, are all alike; but duplicates share O_NONBLOCK.
+    blocking, before = os.get_blocking(one), os.get_blocking(other)
+    os.set_blocking(one, not before)
+    same = os.get_blocking(other) != before
+    os.set_blocking(one, blocking)
+    return same
+
+
+def listens(sock: _socket.socket) -> bool:
+    """Tell whether a socket listens; neither macOS nor OpenBSD lets us ask for SO_ACCEPTCONN."""
+    try:
+        sock.recv(1, _socket.MSG_PEEK | _socket.MSG_DONTWAIT)
+    except OSError as error:
+        return error.errno in (errno.ENOTCONN, errno.EINVAL)  # EINVAL: a Unix socket on Linux
+    return False
+
+
 def standard_socket() -> tuple[_socket.socket | None, str]:
     """Return descriptor 0 as a socket, if it is one and 1 is the same, and the client's address."""
-    if not os.path.sameopenfile(0, 1):
+    if not is_same(0, 1):
         return None, ""  # some programs make pipes of sockets
     try:
         sock = _socket.socket(fileno=0)
     except OSError:
         return None, ""
-    if sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_ACCEPTCONN):
+    if listens(sock):
         raise StartupError("descriptor 0 listens; --inetd needs nowait in inetd.conf, Accept=yes in a .socket unit")
     try:
         return sock, ip_address(sock.getpeername())
@@ -2301,7 +2325,7 @@ def password_from_key_ring(user: str) -> tuple[bytes, str]:
 
     query = ["secret-tool", "lookup", "host", "localhost", "service", "smtp", "user", user]
     if sys.platform == "darwin":
-        query = ["security", "find-internet-password", "-s", "localhost", "-r", "smtp", "-a", user, "-w"]
+        query = ["security", "find-internet-password", "-s", "localhost", "-r", "smtp", "-a", user, "-g"]
     try:
         result = subprocess.run(
             query, stdin=subprocess.DEVNULL, capture_output=True, timeout=KEY_RING_TIMEOUT, check=False
@@ -2313,7 +2337,11 @@ def password_from_key_ring(user: str) -> tuple[bytes, str]:
     if result.returncode:
         reason = "".join(f" ({line})" for line in last_lines(result.stderr, utf8=False)[-1:])
         return b"", f"no password for {user} in the key ring{reason}"
-    return first_line(result.stdout), f"the password for {user} in the key ring is empty"
+    password = result.stdout
+    if query[0] == "security":  # password: "..." or, if that is not plain ASCII, 0x...; -w leaves the two alike
+        text = result.stderr.partition(b"password: ")[2].rstrip(b"\n")
+        password = binascii.unhexlify(text[2:].split()[0]) if text.startswith(b"0x") else text[1:-1]
+    return first_line(password), f"the password for {user} in the key ring is empty"
 
 
 def has_terminal() -> bool:
@@ -2517,22 +2545,26 @@ def protect_descriptors(inetd: bool) -> bool:
     """
     while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
-    shared = inetd and not os.isatty(2) and (os.path.sameopenfile(0, 2) or os.path.sameopenfile(1, 2))
+    shared = inetd and not os.isatty(2) and (is_same(0, 2) or is_same(1, 2))
     if shared:
         os.dup2(null, 2)
+    listed = listed_descriptors()
     os.close(null)
-    try:
-        inherited = [int(name) for name in os.listdir("/dev/fd")]
-    except OSError:
-        inherited = []
-    if max(inherited, default=0) <= 2:  # no /proc here, or FreeBSD, where these are all that is listed
-        inherited = list(range(256))
-    for descriptor in inherited:
+    if listed == listed_descriptors():  # no /proc here, or one of the BSDs, which list the same whatever is open
+        listed = list(range(4096))
+    for descriptor in listed:
         try:
             os.set_inheritable(descriptor, descriptor <= 2)
         except OSError:
             pass  # not open
     return not shared
+
+
+def listed_descriptors() -> list[int]:
+    try:
+        return [int(name) for name in os.listdir("/dev/fd")]
+    except OSError:
+        return []
 
 
 def name_process() -> None:
@@ -2556,10 +2588,9 @@ def passed_sockets() -> list[socket.socket]:
     for descriptor in range(3, 3 + int(count)):
         try:
             sock = socket.socket(fileno=descriptor)
-            listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         except OSError as error:
             raise StartupError(f"descriptor {descriptor} is no socket: {error.strerror}; unset LISTEN_FDS") from None
-        if not listening:
+        if not listens(sock):
             raise StartupError(f"socket {descriptor} from LISTEN_FDS does not listen; with Accept=yes use --inetd")
         sockets.append(sock)
     return sockets
@@ -2590,7 +2621,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
     except OSError as error:
         cures = {
             errno.EADDRINUSE: "; another server is there already, try another --port",
-            errno.EACCES: "; below 1024 it takes root or CAP_NET_BIND_SERVICE, try --port=2500",
+            errno.EACCES: "; a port below 1024 takes root (or, on Linux, CAP_NET_BIND_SERVICE), try --port=2500",
             errno.EINVAL: "; a link-local address needs its interface, as in fe80::1%eth0",
             errno.EADDRNOTAVAIL: "; this machine has no such address, see --interface",
         }

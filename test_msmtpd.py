@@ -486,8 +486,9 @@ def test_a_spool_that_is_closed_twice_closes_nobody_elses_file() -> None:
 def test_a_file_has_no_name_from_the_start_where_the_system_knows_how(
     known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    known = known and hasattr(os, "O_TMPFILE")
     if not known:
-        monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY)  # EISDIR, as where O_TMPFILE is not known
+        monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY, raising=False)  # EISDIR, as where it is not known
     unlink, unlinked = os.unlink, []
 
     def unlink_and_tell(path: str) -> None:
@@ -1619,7 +1620,23 @@ def test_the_null_sender_is_mailer_daemon_for_the_command() -> None:
     assert Run("echo $MSMTPD_SENDER").output == "MAILER-DAEMON c@d\n".replace("MAILER-DAEMON", "a@b")
 
 
-def test_the_command_gets_its_input_and_a_clean_place_to_run_in() -> None:
+@pytest.fixture(params=["as it is", "makes no session", "missing"])
+def posix_spawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this system has, what the BSDs have, what PyPy has."""
+    real = os.posix_spawn
+
+    def without_sessions(*arguments: Any, setsid: bool = False, **options: Any) -> int:
+        if setsid:
+            raise NotImplementedError
+        return real(*arguments, **options)
+
+    if request.param == "makes no session":
+        monkeypatch.setattr(os, "posix_spawn", without_sessions)
+    elif request.param == "missing":
+        monkeypatch.delattr(os, "posix_spawn")
+
+
+def test_the_command_gets_its_input_and_a_clean_place_to_run_in(posix_spawn: None) -> None:
     previous = [signal.signal(number, signal.SIG_IGN) for number in (signal.SIGPIPE, signal.SIGHUP)]
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:
@@ -1636,14 +1653,14 @@ def test_the_command_gets_its_input_and_a_clean_place_to_run_in() -> None:
             signal.signal(number, handler)
 
 
-def test_a_script_without_interpreter_line_is_run_by_the_shell(tmp_path: Path) -> None:
+def test_a_script_without_interpreter_line_is_run_by_the_shell(posix_spawn: None, tmp_path: Path) -> None:
     program = tmp_path / "script"
     program.write_text("echo ran $1 $2\n")
     program.chmod(0o755)
     assert Run(f"{program} %F").output == "ran a@b c@d\n"
 
 
-def test_a_program_that_has_gone_since_the_start_is_an_error(tmp_path: Path) -> None:
+def test_a_program_that_has_gone_since_the_start_is_an_error(posix_spawn: None, tmp_path: Path) -> None:
     program = tmp_path / "program"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
@@ -2157,21 +2174,22 @@ def test_a_mail_arrives_with_its_envelope_and_a_received_field(start: Callable[.
     assert daemon.stop() == 0
 
 
-def test_descriptors_are_closed_even_where_the_system_lists_only_the_first(tmp_path: Path) -> None:
-    """As FreeBSD does without fdescfs."""
-    patched = f"import os; os.listdir = lambda path: list('012'); exec({PROGRAM.read_text()!r})"
-    leak = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(leak, 200)
+@pytest.mark.parametrize("listed", [0, 3, 64])  # no /dev/fd; FreeBSD; OpenBSD and NetBSD, whatever is open
+def test_descriptors_are_closed_even_where_the_system_lists_others(listed: int, tmp_path: Path) -> None:
+    patched = f"import os; os.listdir = lambda path: list(map(str, range({listed}))); exec({PROGRAM.read_text()!r})"
+    leaks = (70, 300, 1000)
+    for leak in leaks:
+        os.dup2(0, leak)
     subprocess.run(
         [sys.executable, "-I", "-S", "-c", patched, "--inetd", f"--command=ls /proc/self/fd > {tmp_path}/fds; :"],
         input=MAIL,
         stdout=subprocess.DEVNULL,
-        pass_fds=(leak, 200),
+        pass_fds=leaks,
         check=True,
         timeout=20,
     )
-    os.close(leak)
-    os.close(200)
+    for leak in leaks:
+        os.close(leak)
     assert (tmp_path / "fds").read_text().split() == ["0", "1", "2", "3"]  # 3 is its own, of the directory
 
 
@@ -2415,6 +2433,31 @@ def test_a_login_is_answered_late_after_a_failure_and_nobody_else_waits(start: C
 
 def login_line(user: str, password: str) -> bytes:
     return b"EHLO x\r\nAUTH PLAIN " + b64(f"\0{user}\0{password}".encode()).encode() + b"\r\n" + MAIL[8:] + b"QUIT\r\n"
+
+
+KEYCHAIN = [  # what security(1) of macOS prints for a password, the password
+    ('password: "secret"', b"secret"),
+    ('password: "say "hi""', b'say "hi"'),
+    ('password: "0x41"', b"0x41"),
+    ('password: 0x70C3A4737377  "p\\303\\244ssw"', "pässw".encode()),
+    ('password: 0x615C62  "a\\134b"', b"a\\b"),
+    ("password: 0xC3A4 ", "ä".encode()),
+    ("password: ", b""),
+    ("", b""),
+]
+
+
+@pytest.mark.parametrize("printed, password", KEYCHAIN)
+def test_the_password_is_found_in_the_key_ring_of_macos(
+    printed: str, password: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query = "find-internet-password -s localhost -r smtp -a joe -g"
+    tool = tmp_path / "security"
+    tool.write_text(f"#!/bin/sh\n[ \"$*\" = '{query}' ] && cat >&2 << 'END'\n{printed}\nEND\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert msmtpd.password_from_key_ring("joe")[0] == password
 
 
 def without_desktop() -> dict[str, str]:
@@ -2782,6 +2825,42 @@ def test_inetd_mode_on_a_listening_socket_is_a_start_up_error() -> None:
     assert error.startswith("msmtpd: descriptor 0 listens; --inetd needs nowait in inetd.conf")
 
 
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX])
+def test_a_socket_that_listens_is_told_from_others(family: int, tmp_path: Path) -> None:
+    with socket.socket(family) as server, socket.socket(family) as client:
+        server.bind(str(tmp_path / "socket") if family == socket.AF_UNIX else ("127.0.0.1", 0))
+        server.listen()
+        client.connect(server.getsockname())
+        accepted, _ = server.accept()
+        with accepted:
+            assert [msmtpd.listens(sock) for sock in (server, client, accepted)] == [True, False, False]
+            client.sendall(b"x")
+            client.close()
+            assert not msmtpd.listens(accepted) and accepted.recv(9) == b"x" and not msmtpd.listens(accepted)
+
+
+@pytest.mark.parametrize("identity", [True, False])
+def test_descriptors_of_one_thing_are_told_from_those_of_two(identity: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where fstat(2) has no identity for pipes and sockets, as on the BSDs."""
+    pipe, pair = os.pipe(), socket.socketpair()
+    ends = [*pipe, pair[0].fileno(), pair[1].fileno()]
+    copies = [os.dup(end) for end in ends]
+    if not identity:
+        stat = os.fstat
+        monkeypatch.setattr(os, "fstat", lambda one: os.stat_result((stat(one).st_mode, 0, 0, *stat(one)[3:])))
+    os.set_blocking(ends[3], False)
+    flags = [os.get_blocking(end) for end in ends]
+    same = [msmtpd.is_same(one, other) for one in ends for other in copies]
+    assert [same[0], same[5], *same[2:4]] == [True, True, False, False]
+    assert same[10:12] == [True, False] and same[14:] == [False, True]
+    assert flags == [os.get_blocking(end) for end in ends]
+    monkeypatch.undo()
+    for end in (*pipe, *copies):
+        os.close(end)
+    for sock in pair:
+        sock.close()
+
+
 def test_an_inetd_client_that_has_gone_before_the_start_leaves_no_traceback() -> None:
     server = socket.create_server(("127.0.0.1", 0))
     with server, socket.create_connection(server.getsockname()) as client:
@@ -2929,8 +3008,7 @@ class HeldCommand:
 
     def start(self, sender: bytes, recipients: list[bytes], stdin: int, output: int) -> int:
         reader, writer = os.pipe()
-        actions = [(os.POSIX_SPAWN_DUP2, reader, 0), *((os.POSIX_SPAWN_DUP2, output, n) for n in (1, 2))]
-        pid = msmtpd.spawn("/bin/sh", [b"sh", b"-c", b"read status; exit $status"], {}, actions)
+        pid = msmtpd.spawn("/bin/sh", [b"sh", b"-c", b"read status; exit $status"], {}, reader, output)
         os.close(reader)
         self.pids.append(pid)
         self._writers.append(writer)

@@ -731,7 +731,10 @@ def test_a_privileged_port_names_the_cure() -> None:
             check=False,
         )
     assert result.returncode == 3
-    assert "Permission denied; below 1024 it takes root or CAP_NET_BIND_SERVICE, try --port=2500" in result.stderr
+    assert (
+        "Permission denied; a port below 1024 takes root (or, on Linux, CAP_NET_BIND_SERVICE), try --port=2500"
+        in result.stderr
+    )
 
 
 @pytest.mark.parametrize("option", ["--command=cat; :", "--auth=joe,echo x"])
