@@ -2,10 +2,13 @@
 
 The protocol core is tested without sockets.  Dialogues are written as
 dialogues: `C:` is a line from the client (ended by CRLF), `C|` are octets as
-they stand (with Python's escapes), `S:` is a reply line (a trailing `...`
-stands for any text), `D:` a delivery with its envelope and, behind `|`, its
-content, `X:` the end of the session.  Each is fed line by line with every
-reply checked at its place, then whole, byte by byte and split at every place.
+they stand (with Python's escapes), `C.` is the end of its input, `S:` is a
+reply line (a trailing `...` stands for any text) and may stand behind `->` on
+the line of its command, `D:` is a delivery with its envelope and, behind `|`,
+its content, `X:` the end of the session.  Lines that begin with `+` are left
+out where the server wants no login, and what many say has a name in TURNS.
+Each is fed line by line with every reply checked at its place, then whole,
+byte by byte and split at every place.
 
 What a user starts is started as a process.  Nothing here needs more than
 Python and a POSIX system; the programs that msmtpd works with are in
@@ -82,7 +85,7 @@ class Mail:
 
     def __str__(self) -> str:
         path = " ".join(f"<{p.decode()}>" for p in (self.sender, *self.recipients))
-        return f"D: {path} | {self.content.decode('latin-1').encode('unicode_escape').decode()}"
+        return f"D: {path} | {self.content.decode('latin-1').encode('unicode_escape').decode()}".rstrip(" ")
 
 
 def spooled(spool: msmtpd.Spool) -> bytes:
@@ -141,14 +144,48 @@ class Peer:
             self.events.append("X:")
 
 
+JOE = "AUTH PLAIN AGpvZQBzZWNyZXQ="
+AUTH_POLICY = msmtpd.Policy(credentials=msmtpd.Credentials("joe", b"secret"))
+
+TURNS = {
+    "HELO": "C: HELO x -> 250 localhost",
+    "EHLO": "C: EHLO x\nOFFERS",
+    "OFFERS": """
+        S: 250-localhost
+        S: 250-PIPELINING
+        S: 250-SIZE 104857600
+        S: 250-8BITMIME
+        S: 250-SMTPUTF8
+        +S: 250-AUTH PLAIN LOGIN CRAM-MD5 SCRAM-SHA-256
+        S: 250 ENHANCEDSTATUSCODES
+        """,
+    "LOGIN": f"+C: {JOE} -> 235 2.7.0 Authentication succeeded",
+    "MAIL": "C: MAIL FROM:<a@b> -> 250 2.1.0 Ok",
+    "RCPT": "C: RCPT TO:<c@d> -> 250 2.1.5 Ok",
+    "DATA": "C: DATA -> 354 Send data",
+    "PIPED": "S: 250 2.0.0 Ok, mail was piped",
+    "NOOP": "C: NOOP -> 250 2.0.0 Ok",
+    "RSET": "C: RSET -> 250 2.0.0 Ok",
+    "QUIT": "C: QUIT -> 221 2.0.0 Bye\nX:",
+}
+
+
 def client_octets(line: str) -> bytes:
-    if line.startswith("C: "):
+    if line[:2] == "C:":
         return line[3:].encode() + b"\r\n"
     return line[2:].encode().decode("unicode_escape").encode("latin-1")
 
 
-def script(text: str) -> list[str]:
-    return [line + " " * (line == "C:") for line in textwrap.dedent(text).strip().splitlines()]
+def script(text: str, login: bool = False) -> list[str]:
+    """Spell a dialogue out, for a server that wants a login or does not."""
+    lines: list[str] = []
+    for line in textwrap.dedent(text).strip("\n").splitlines():
+        if line in TURNS:
+            lines += script(TURNS[line], login)
+        elif line[:1] != "+" or login:
+            said, arrow, reply = line.lstrip("+").partition(" -> ")
+            lines += [said, f"S: {reply}"] if arrow else [said]
+    return lines
 
 
 def matches(expected: list[str], events: list[str]) -> bool:
@@ -159,7 +196,7 @@ def matches(expected: list[str], events: list[str]) -> bool:
 
 def play(text: str, policy: msmtpd.Policy | None = None, outcome: bytes = msmtpd.DELIVERED) -> Peer:
     """Play a dialogue line by line, then in all other pieces; return the first peer."""
-    lines = script(text)
+    lines = script(text, policy is not None and policy.credentials is not None)
     peer = Peer(policy, outcome)
     expected: list[str] = []
     for line in lines:
@@ -167,20 +204,19 @@ def play(text: str, policy: msmtpd.Policy | None = None, outcome: bytes = msmtpd
             expected.append(line)
             continue
         assert matches(expected, peer.events), f"before {line!r}: {peer.events} is not {expected}"
-        peer.feed(client_octets(line))
+        peer.feed(client_octets(line)) if line != "C." else peer.end()
     assert matches(expected, peer.events), f"{peer.events} is not {expected}"
 
-    octets = b"".join(client_octets(line) for line in lines if line[:1] == "C")
+    octets = b"".join(client_octets(line) for line in lines if line[:1] == "C" != line)
     splits = [[octets[:i], octets[i:]] for i in range(1, len(octets))]
     for pieces in [[octets], [octets[i : i + 1] for i in range(len(octets))], *splits]:
         other = Peer(policy, outcome)
         for piece in pieces:
             other.feed(piece)
+        if lines[-2:-1] == ["C."]:
+            other.end()
         assert matches(expected, other.events), f"in pieces: {other.events} is not {expected}"
     return peer
-
-
-AUTH_POLICY = msmtpd.Policy(credentials=msmtpd.Credentials("joe", b"secret"))
 
 
 # ---- Paths -----------------------------------------------------------------
@@ -246,9 +282,8 @@ PATHS = {  # argument of MAIL: the sender that the command gets, or the reply
 def test_a_path_gives_a_sender_or_a_reason(argument: str) -> None:
     outcome = PATHS[argument]
     if not re.match(r"5\d\d ", outcome):
-        outcome = "250 2.1.0 Ok\nC: RCPT TO:<c@d>\nS: 250 2.1.5 Ok\nC: DATA\nS: 354 Send data\nC: .\n"
-        outcome += f"D: <{PATHS[argument]}> <c@d> | \nS: 250 2.0.0 Ok, mail was piped"
-    play(f"C: HELO x\nS: 250 localhost\nC: MAIL {argument}\nS: {outcome}" + "..." * (outcome[:1] == "5"))
+        outcome = f"250 2.1.0 Ok\nRCPT\nDATA\nC: .\nD: <{PATHS[argument]}> <c@d> |\nPIPED"
+    play(f"HELO\nC: MAIL {argument} -> {outcome}" + "..." * (outcome[:1] == "5"))
 
 
 GOOD_ADDRESSES = ["a", "root", "a@b", "a@b@c", "a.b.@c.", "o'brien@x", "a+b=c/d@x", "u%v@x", "x!y", "?#*{}~^[]@x"]
@@ -555,13 +590,9 @@ def test_received_field_cuts_a_long_name() -> None:
 
 # ---- Authentication --------------------------------------------------------
 
-JOE = f"AUTH PLAIN {b64(b'%cjoe%csecret' % (0, 0))}"
-
 
 def play_auth(text: str) -> Peer:
-    greeting = "C: EHLO x\nS: 250-localhost\n" + "S: 250-...\n" * 4
-    greeting += "S: 250-AUTH PLAIN LOGIN CRAM-MD5 SCRAM-SHA-256\nS: 250 ENHANCEDSTATUSCODES\n"
-    return play(greeting + textwrap.dedent(text).strip(), AUTH_POLICY)
+    return play("EHLO\n" + text, AUTH_POLICY)
 
 
 RIGHT = [
@@ -631,37 +662,16 @@ def test_a_malformed_exchange_ends_with_501_and_is_no_failure(exchange: str) -> 
 
 
 def test_the_third_failure_ends_the_session() -> None:
-    wrong = "C: AUTH PLAIN AGEAYQ==\n"
-    peer = play_auth(wrong + "S: 535 ...\n" + wrong + "S: 535 ...\n" + wrong + "S: 421 4.7.0 ...\nX:")
+    wrong = "C: AUTH PLAIN AGEAYQ== ->"
+    peer = play_auth(f"{wrong} 535 ...\n{wrong} 535 ...\n{wrong} 421 4.7.0 ...\nX:")
     assert peer.closed is False
     assert peer.notes == ["authentication failed"] * 3
 
 
 def test_authentication_belongs_between_ehlo_and_the_mails() -> None:
-    play(f"C: {JOE}\nS: 503 5.5.1 Send EHLO...\nC: EHLO x\n" + "S: 250...\n" * 7 + "C: AUTH X\nS: 504...", AUTH_POLICY)
-    play("C: EHLO x\n" + "S: 250...\n" * 6 + f"C: {JOE}\nS: 502 5.5.1 ...")
-    play_auth(
-        f"""
-        C: {JOE}
-        S: 235 ...
-        C: RSET
-        S: 250 ...
-        C: MAIL FROM:<a@b>
-        S: 250 ...
-        C: EHLO again
-        S: 250-localhost
-        S: 250-...
-        S: 250-...
-        S: 250-...
-        S: 250-...
-        S: 250-...
-        S: 250 ...
-        C: MAIL FROM:<a@b>
-        S: 250 ...
-        C: {JOE}
-        S: 503 5.5.1 Already authenticated
-        """
-    )
+    play(f"C: {JOE} -> 503 5.5.1 Send EHLO...\nEHLO\nC: AUTH X -> 504...", AUTH_POLICY)
+    play(f"EHLO\nC: {JOE} -> 502 5.5.1 ...")
+    play_auth(f"LOGIN\nRSET\nMAIL\nEHLO\nMAIL\nC: {JOE} -> 503 5.5.1 Already authenticated")
 
 
 def test_an_overlong_response_ends_the_exchange() -> None:
@@ -859,157 +869,92 @@ def test_the_throttle_delays_every_outcome_for_a_minute_after_a_failure() -> Non
 
 # ---- Session ---------------------------------------------------------------
 
+START = b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n"
 DIALOGUES = {
     "a mail": """
-        C: EHLO client.example
-        S: 250-localhost
-        S: 250-PIPELINING
-        S: 250-SIZE 104857600
-        S: 250-8BITMIME
-        S: 250-SMTPUTF8
-        S: 250 ENHANCEDSTATUSCODES
-        C: MAIL FROM:<a@b>
-        S: 250 2.1.0 Ok
-        C: RCPT TO:<c@d>
-        S: 250 2.1.5 Ok
-        C: RCPT TO:<e@f>
-        S: 250 2.1.5 Ok
-        C: DATA
-        S: 354 Send data
+        EHLO
+        MAIL
+        RCPT
+        C: RCPT TO:<e@f> -> 250 2.1.5 Ok
+        DATA
         C: Subject: x
         C:
         C: ..dot
         C: .
         D: <a@b> <c@d> <e@f> | Subject: x\\n\\n.dot\\n
-        S: 250 2.0.0 Ok, mail was piped
-        C: QUIT
-        S: 221 2.0.0 Bye
-        X:
+        PIPED
+        QUIT
         """,
     "several mails, with everything in between": """
-        C: helo x
-        S: 250 localhost
-        C: mail from:<>
-        S: 250 2.1.0 Ok
-        C: rcpt to:<root>
-        S: 250 2.1.5 Ok
-        C: data
-        S: 354 Send data
+        C: helo x -> 250 localhost
+        C: mail from:<> -> 250 2.1.0 Ok
+        C: rcpt to:<root> -> 250 2.1.5 Ok
+        C: data -> 354 Send data
         C: .
-        D: <> <root> |\x20
-        S: 250 2.0.0 Ok, mail was piped
-        C: RSET
-        S: 250 2.0.0 Ok
-        C: NOOP
-        S: 250 2.0.0 Ok
-        C: EHLO x
-        S: 250-...
-        S: 250-...
-        S: 250-...
-        S: 250-...
-        S: 250-...
-        S: 250 ...
-        C: MAIL FROM: a@b SIZE=100 BODY=8BITMIME\x20\x20
+        D: <> <root> |
+        PIPED
+        RSET
+        NOOP
+        EHLO
+        C: MAIL FROM: a@b SIZE=100 BODY=8BITMIME  \x20
         S: 250 2.1.0 Ok
-        C: RCPT TO: <c@d>
-        S: 250 2.1.5 Ok
-        C: DATA
-        S: 354 Send data
+        C: RCPT TO: <c@d> -> 250 2.1.5 Ok
+        DATA
         C|x\\xe9\\0\\r\\n.\\r\\n
         D: <a@b> <c@d> | x\\xe9\\x00\\n
-        S: 250 2.0.0 Ok, mail was piped
+        PIPED
         """,
     "every mistake in the order of commands": """
-        C: MAIL FROM:<a@b>
-        S: 503 5.5.1 Send EHLO first
-        C: RCPT TO:<a@b>
-        S: 503 5.5.1 Send EHLO first
-        C: DATA
-        S: 503 5.5.1 Send EHLO first
-        C: EHLO
-        S: 501 Say your name: EHLO name
-        C: HELO x
-        S: 250 localhost
-        C: RCPT TO:<a@b>
-        S: 503 5.5.1 Send MAIL first
-        C: DATA
-        S: 503 5.5.1 Send MAIL first
-        C: MAIL FROM:<a@b>
-        S: 250 2.1.0 Ok
-        C: MAIL FROM:<a@b>
-        S: 503 5.5.1 Sender is already given
-        C: DATA
-        S: 503 5.5.1 Send RCPT first
-        C: RCPT TO:<a b>
-        S: 553 5.1.3 ...
-        C: DATA
-        S: 554 5.5.1 No valid recipients
-        C: RCPT TO:<>
-        S: 553 5.1.3 ...
-        C: RCPT TO:<-x@y>
-        S: 553 5.1.3 ...
-        C: RCPT TO:<good@x> NOTIFY=NEVER
-        S: 555 5.5.4 ...
-        C: RCPT TO:<good@x>
-        S: 250 2.1.5 Ok
-        C: DATA now
-        S: 501 5.5.4 No argument allowed
-        C: DATA
-        S: 354 Send data
+        C: MAIL FROM:<a@b> -> 503 5.5.1 Send EHLO first
+        C: RCPT TO:<a@b> -> 503 5.5.1 Send EHLO first
+        C: DATA -> 503 5.5.1 Send EHLO first
+        C: EHLO -> 501 Say your name: EHLO name
+        HELO
+        C: RCPT TO:<a@b> -> 503 5.5.1 Send MAIL first
+        C: DATA -> 503 5.5.1 Send MAIL first
+        MAIL
+        C: MAIL FROM:<a@b> -> 503 5.5.1 Sender is already given
+        C: DATA -> 503 5.5.1 Send RCPT first
+        C: RCPT TO:<a b> -> 553 5.1.3 ...
+        C: DATA -> 554 5.5.1 No valid recipients
+        C: RCPT TO:<> -> 553 5.1.3 ...
+        C: RCPT TO:<-x@y> -> 553 5.1.3 ...
+        C: RCPT TO:<good@x> NOTIFY=NEVER -> 555 5.5.4 ...
+        RCPT
+        C: DATA now -> 501 5.5.4 No argument allowed
+        DATA
         C: .
-        D: <a@b> <good@x> |\x20
-        S: 250 2.0.0 Ok, mail was piped
-        C: DATA
-        S: 503 5.5.1 Send MAIL first
+        D: <a@b> <c@d> |
+        PIPED
+        C: DATA -> 503 5.5.1 Send MAIL first
         """,
     "RSET, HELO and EHLO drop the transaction": """
-        C: HELO x
-        S: 250 localhost
-        C: MAIL FROM:<a@b>
-        S: 250 2.1.0 Ok
-        C: RSET
-        S: 250 2.0.0 Ok
-        C: RCPT TO:<c@d>
-        S: 503 5.5.1 Send MAIL first
-        C: MAIL FROM:<a@b>
-        S: 250 2.1.0 Ok
-        C: HELO y
-        S: 250 localhost
-        C: RCPT TO:<c@d>
-        S: 503 5.5.1 Send MAIL first
+        HELO
+        MAIL
+        RSET
+        C: RCPT TO:<c@d> -> 503 5.5.1 Send MAIL first
+        MAIL
+        HELO
+        C: RCPT TO:<c@d> -> 503 5.5.1 Send MAIL first
         """,
     "what is answered at any time, with arguments, in a transaction too": """
-        C: NOOP before EHLO
-        S: 250 2.0.0 Ok
-        C: HELP me
-        S: 214 2.0.0 ...
-        C: VRFY root
-        S: 252 2.5.0 ...
-        C: EXPN list
-        S: 502 5.5.1 Command not implemented
-        C: STARTTLS
-        S: 502 5.5.1 Command not implemented
-        C: RSET
-        S: 250 2.0.0 Ok
+        C: NOOP before EHLO -> 250 2.0.0 Ok
+        C: HELP me -> 214 2.0.0 ...
+        C: VRFY root -> 252 2.5.0 ...
+        C: EXPN list -> 502 5.5.1 Command not implemented
+        C: STARTTLS -> 502 5.5.1 Command not implemented
+        RSET
         C:
         S: 500 5.5.2 Command not recognized
-        C: BDAT 10 LAST
-        S: 500 5.5.2 Command not recognized
-        C: HELO x
-        S: 250 localhost
-        C: MAIL FROM:<a@b>
-        S: 250 2.1.0 Ok
-        C: VRFY root
-        S: 252 2.5.0 ...
-        C: EHLO
-        S: 501 Say your name: EHLO name
+        C: BDAT 10 LAST -> 500 5.5.2 Command not recognized
+        HELO
+        MAIL
+        C: VRFY root -> 252 2.5.0 ...
+        C: EHLO -> 501 Say your name: EHLO name
+        NOOP
+        RCPT
+        QUIT
         C: NOOP
-        S: 250 2.0.0 Ok
-        C: RCPT TO:<c@d>
-        S: 250 2.1.5 Ok
-        C: QUIT
-        S: 221 2.0.0 Bye
-        X:
         """,
     "a person with nc": """
         C|HELO me\\n
@@ -1022,26 +967,19 @@ DIALOGUES = {
         S: 354 Send data
         C|hello\\n..\\n.\\n
         D: <me@x> <you@x> | hello\\n.\\n
-        S: 250 2.0.0 Ok, mail was piped
+        PIPED
         C|QUIT\\n
         S: 221 2.0.0 Bye
         X:
         """,
     "addresses with SMTPUTF8": """
-        C: HELO x
-        S: 250 localhost
-        C: MAIL FROM:<jörg@x>
-        S: 553 5.6.7 Address needs SMTPUTF8
-        C: MAIL FROM:<jörg@x> SMTPUTF8
-        S: 250 2.1.0 Ok
-        C: RCPT TO:<å@x>
-        S: 250 2.1.5 Ok
-        C: RSET
-        S: 250 2.0.0 Ok
-        C: MAIL FROM:<a@x>
-        S: 250 2.1.0 Ok
-        C: RCPT TO:<å@x>
-        S: 553 5.6.7 Address needs SMTPUTF8
+        HELO
+        C: MAIL FROM:<jörg@x> -> 553 5.6.7 Address needs SMTPUTF8
+        C: MAIL FROM:<jörg@x> SMTPUTF8 -> 250 2.1.0 Ok
+        C: RCPT TO:<å@x> -> 250 2.1.5 Ok
+        RSET
+        MAIL
+        C: RCPT TO:<å@x> -> 553 5.6.7 Address needs SMTPUTF8
         """,
     "blanks": """
         C|HELO\\tx \\t\\r\\n
@@ -1054,12 +992,89 @@ DIALOGUES = {
         S: 250 2.0.0 Ok
         """,
     "sizes": """
-        C: HELO x
-        S: 250 localhost
-        C: MAIL FROM:<a@b> SIZE=104857601
-        S: 552 5.3.4 Mail is too big
-        C: MAIL FROM:<a@b> SIZE=104857600
+        HELO
+        C: MAIL FROM:<a@b> SIZE=104857601 -> 552 5.3.4 Mail is too big
+        C: MAIL FROM:<a@b> SIZE=104857600 -> 250 2.1.0 Ok
+        """,
+    "a form that a browser sends in the middle of a session": """
+        NOOP
+        C:
+        S: 500 5.5.2 Command not recognized
+        C: POST / HTTP/1.1
+        X:
+        C: NOOP
+        """,
+}
+
+TURNS["TEXT"] = "C|Gr\\xc3\\xbc\\xc3\\x9fe\\r\\n..dot\\r\\n\\r\\n.\\r\\n\nGOT IT"
+TURNS["GOT IT"] = "D: <a@b> <c@d> | Gr\\xc3\\xbc\\xc3\\x9fe\\n.dot\\n\\n\nPIPED"
+CLIENTS = {  # that have an order of commands of their own, open and with a login
+    "JavaMail, with an authzid; it goes on after a refused recipient": """
+        EHLO
+        +C: AUTH PLAIN am9lAGpvZQBzZWNyZXQ= -> 235 2.7.0 ...
+        MAIL
+        C: RCPT TO:<"c d"@e> -> 553 5.1.3 ...
+        RSET
+        MAIL
+        RCPT
+        DATA
+        TEXT
+        NOOP
+        QUIT
+        """,
+    "go-mail": """
+        EHLO
+        LOGIN
+        NOOP
+        C: MAIL FROM:<a@b> BODY=8BITMIME SMTPUTF8 -> 250 2.1.0 Ok
+        RCPT
+        DATA
+        TEXT
+        RSET
+        NOOP
+        MAIL
+        RCPT
+        DATA
+        TEXT
+        RSET
+        QUIT
+        """,
+    "PHPMailer, with a response of its own and kept alive": """
+        EHLO
+        +C: AUTH PLAIN -> 334\x20
+        +C: AGpvZQBzZWNyZXQ= -> 235 2.7.0 ...
+        MAIL
+        RCPT
+        DATA
+        TEXT
+        RSET
+        MAIL
+        RCPT
+        DATA
+        TEXT
+        QUIT
+        """,
+    "qBittorrent": """
+        EHLO
+        HELO
+        LOGIN
+        MAIL
+        RCPT
+        DATA
+        TEXT
+        QUIT
+        """,
+    "Exim, which pipelines": """
+        EHLO
+        LOGIN
+        C|MAIL FROM:<a@b> SIZE=1054\\r\\nRCPT TO:<c@d>\\r\\nDATA\\r\\n
         S: 250 2.1.0 Ok
+        S: 250 2.1.5 Ok
+        S: 354 Send data
+        C|Gr\\xc3\\xbc\\xc3\\x9fe\\r\\n..dot\\r\\n\\r\\n.\\r\\nQUIT\\r\\n
+        GOT IT
+        S: 221 2.0.0 Bye
+        X:
         """,
 }
 
@@ -1069,15 +1084,44 @@ def test_dialogue(name: str) -> None:
     play(DIALOGUES[name])
 
 
-def test_quit_ends_a_session_orderly_at_any_time() -> None:
-    assert play("C: QUIT\nS: 221 2.0.0 Bye\nX:").closed is True
-    assert play("C: HELO x\nS: 250...\nC: MAIL FROM:<a@b>\nS: 250...\nC: QUIT\nS: 221...\nX:").closed is True
+@pytest.mark.parametrize("name", CLIENTS)
+@pytest.mark.parametrize("policy", [None, AUTH_POLICY], ids=["open", "login"])
+def test_dialogue_of_a_client(name: str, policy: msmtpd.Policy | None) -> None:
+    play(CLIENTS[name], policy)
 
 
-def test_nothing_is_read_behind_quit() -> None:
-    peer = Peer()
-    peer.feed(b"QUIT\r\nNOOP\r\n")
-    assert peer.events == ["S: 221 2.0.0 Bye", "X:"]
+ENDS = [  # what is said before a session ends, whether the end is orderly; "C." is the end of input
+    ("QUIT", True),
+    ("HELO\nMAIL\nQUIT", True),
+    ("QUIT\nC.", True),
+    ("C.\nX:", True),
+    ("HELO\nC.\nX:", True),
+    ("HELO\nC|NOO\nC.\nX:", True),
+    ("EHLO\n+C: AUTH PLAIN -> 334\x20\nC.\nX:", True),
+    ("HELO\nMAIL\nC.\nX:", False),
+    ("HELO\nMAIL\nC|RCP\nC.\nX:", False),
+    ("HELO\nMAIL\nRCPT\nDATA\nC: x\nC.\nX:", False),
+    ("HELO\nMAIL\nRCPT\nDATA\nC: .\nD: <a@b> <c@d> |\nPIPED\nC.\nX:", True),
+]
+
+
+@pytest.mark.parametrize("text, orderly", ENDS)
+def test_the_end_of_input_is_the_end_of_the_session(text: str, orderly: bool) -> None:
+    peer = play(text.replace("HELO", "EHLO\nLOGIN"), AUTH_POLICY)
+    assert peer.closed is orderly
+    assert peer.notes == ["client left in the middle of a mail"] * (not orderly)
+
+
+def test_the_end_of_input_waits_for_the_reply_to_a_mail() -> None:
+    session = msmtpd.Session(msmtpd.Policy(), lambda name, protocol: msmtpd.Spool())
+    session.receive(START + b".\r\nNOOP\r\n")
+    actions = [action for _ in range(5) for action in session.step()]
+    session.receive(b"")
+    assert isinstance(actions[-1], msmtpd.Deliver) and session.step() == []
+    assert session.conclude(True, msmtpd.DELIVERED) == [msmtpd.DELIVERED]
+    assert session.step() == [msmtpd.OK]
+    (end,) = session.step()
+    assert isinstance(end, msmtpd.Close) and end.orderly and session.step() == []
 
 
 def test_protocol_of_the_received_field() -> None:
@@ -1092,59 +1136,15 @@ def test_protocol_of_the_received_field() -> None:
 
 
 def test_a_mail_over_the_limit_is_refused_behind_its_end_and_the_session_goes_on() -> None:
-    policy = msmtpd.Policy(max_size=20)
-    peer = play(
-        """
-        C: HELO x
-        S: 250 localhost
-        C: MAIL FROM:<a@b>
-        S: 250 2.1.0 Ok
-        C: RCPT TO:<c@d>
-        S: 250 2.1.5 Ok
-        C: DATA
-        S: 354 Send data
-        C: 0123456789
-        C: 0123456789
-        C: .
-        S: 552 5.3.4 Mail is too big
-        C: MAIL FROM:<a@b>
-        S: 250 2.1.0 Ok
-        C: RCPT TO:<c@d>
-        S: 250 2.1.5 Ok
-        C: DATA
-        S: 354 Send data
-        C: 0123456789
-        C: 012345
-        C: .
-        D: <a@b> <c@d> | 0123456789\\n012345\\n
-        S: 250 2.0.0 Ok, mail was piped
-        """,
-        policy,
-    )
-    assert peer.notes == ["a mail is over the limit of 20 octets"]
+    again, content = "MAIL\nRCPT\nDATA\nC: 0123456789\n", "0123456789\\n012345\\n"
+    text = f"HELO\n{again}C: 0123456789\nC: .\nS: 552 5.3.4 Mail is too big\n"
+    text += f"{again}C: 012345\nC: .\nD: <a@b> <c@d> | {content}\nPIPED"
+    assert play(text, msmtpd.Policy(max_size=20)).notes == ["a mail is over the limit of 20 octets"]
 
 
 def test_a_refused_mail_ends_its_transaction_only() -> None:
-    play(
-        """
-        C: HELO x
-        S: 250 localhost
-        C: MAIL FROM:<a@b>
-        S: 250 2.1.0 Ok
-        C: RCPT TO:<c@d>
-        S: 250 2.1.5 Ok
-        C: DATA
-        S: 354 Send data
-        C: .
-        D: <a@b> <c@d> |\x20
-        S: 554 5.3.0 no
-        C: RCPT TO:<c@d>
-        S: 503 5.5.1 Send MAIL first
-        C: MAIL FROM:<a@b>
-        S: 250 2.1.0 Ok
-        """,
-        outcome=b"554 5.3.0 no\r\n",
-    )
+    text = "HELO\nMAIL\nRCPT\nDATA\nC: .\nD: <a@b> <c@d> |\nS: 554 5.3.0 no\nC: RCPT TO:<c@d> -> 503 5.5.1 ...\nMAIL"
+    play(text, outcome=b"554 5.3.0 no\r\n")
 
 
 def test_a_thousand_recipients_and_no_more() -> None:
@@ -1227,17 +1227,10 @@ def test_what_is_not_smtp_is_closed_at_once_without_a_word(octets: str) -> None:
         assert len(peer.notes) == 1 and f"does not speak SMTP but {what}" in peer.notes[0]
 
 
-def test_a_form_sent_in_the_middle_of_a_session_reaches_nothing_either() -> None:
-    peer = Peer()
-    peer.feed(b"NOOP\r\n\r\n" + NOT_SMTP[0].encode())
-    assert peer.events == ["S: 250 2.0.0 Ok", "S: 500 5.5.2 Command not recognized", "X:"]
-
-
-def test_senders_that_the_command_cannot_take_are_refused() -> None:
-    peer = Peer(msmtpd.Policy(plain_addresses=True))
-    peer.feed(b"HELO x\r\nMAIL FROM:<o'brien@x>\r\nMAIL FROM:<*@x>\r\n")
-    peer.feed(b"MAIL FROM:<o.brien+1@x>\r\nRCPT TO:<o'brien@x>\r\n")
-    assert [event[3:12] for event in peer.events] == ["250 local", "553 5.1.7", "553 5.1.7", "250 2.1.0", "553 5.1.7"]
+def test_addresses_that_the_command_cannot_take_are_refused() -> None:
+    text = "HELO\nC: MAIL FROM:<o'brien@x> -> 553 5.1.7 ...\nC: MAIL FROM:<*@x> -> 553 5.1.7 ...\n"
+    text += "C: MAIL FROM:<o.brien+1@x> -> 250 2.1.0 Ok\nC: RCPT TO:<o'brien@x> -> 553 5.1.7 ..."
+    play(text, msmtpd.Policy(plain_addresses=True))
 
 
 def test_every_verb_at_every_point_of_a_session_gets_a_reply() -> None:
@@ -1263,192 +1256,13 @@ def test_replies_have_the_form_of_the_rfcs() -> None:
         assert without or (enhanced and enhanced[1] == enhanced[2]), name
 
 
-# Clients that cannot be run here, by what they say on the wire
-
-TURNS = {  # what most of them say, and what they are told; "+": only with authentication, "-": only without
-    "EHLO": "C: EHLO client.example\nOFFERS",
-    "OFFERS": "S: 250-localhost\n" + "S: 250-...\n" * 4 + "+S: 250-AUTH PLAIN ...\nS: 250 ENHANCEDSTATUSCODES",
-    "PLAIN": "+C: AUTH PLAIN AGpvZQBzZWNyZXQ=\n+S: 235 2.7.0 ...",
-    "LOGIN": "+C: AUTH LOGIN\n+S: 334 VXNlcm5hbWU6\n+C: am9l\n+S: 334 UGFzc3dvcmQ6\n+C: c2VjcmV0\n+S: 235 2.7.0 ...",
-    "MAIL": "C: MAIL FROM:<a@b>\nS: 250 2.1.0 Ok",
-    "MAIL EXTENDED": "C: MAIL FROM:<a@b> BODY=8BITMIME SMTPUTF8\nS: 250 2.1.0 Ok",
-    "RCPT": "C: RCPT TO:<c@d>\nS: 250 2.1.5 Ok\nC: RCPT TO:<e@f>\nS: 250 2.1.5 Ok",
-    "DATA": "C: DATA\nS: 354 Send data\nTEXT",
-    "TEXT": "C|Gr\\xc3\\xbc\\xc3\\x9fe\\r\\n..dot\\r\\n\\r\\n.\\r\\n\nPIPED",
-    "PIPED": "D: <a@b> <c@d> <e@f> | Gr\\xc3\\xbc\\xc3\\x9fe\\n.dot\\n\\n\nS: 250 2.0.0 Ok, mail was piped",
-    "RSET": "C: RSET\nS: 250 2.0.0 Ok",
-    "NOOP": "C: NOOP\nS: 250 2.0.0 Ok",
-    "QUIT": "C: QUIT\nBYE",
-    "BYE": "S: 221 2.0.0 Bye\nX:",
-}
-
-CLIENT_DIALOGUES = {
-    "Thunderbird": """
-        C: EHLO [192.168.1.2]
-        OFFERS
-        PLAIN
-        C: MAIL FROM:<a@b> BODY=8BITMIME SIZE=392
-        S: 250 2.1.0 Ok
-        RCPT
-        DATA
-        QUIT
-        """,
-    "JavaMail, with an authzid; it goes on after a refused recipient": """
-        EHLO
-        +C: AUTH PLAIN am9lAGpvZQBzZWNyZXQ=
-        +S: 235 2.7.0 ...
-        MAIL
-        C: RCPT TO:<"c d"@e>
-        S: 553 5.1.3 ...
-        RSET
-        MAIL
-        RCPT
-        DATA
-        NOOP
-        QUIT
-        """,
-    "Go net/smtp": """
-        C: EHLO localhost
-        OFFERS
-        PLAIN
-        MAIL EXTENDED
-        RCPT
-        DATA
-        QUIT
-        """,
-    "Alertmanager, which knows LOGIN": """
-        C: EHLO localhost
-        OFFERS
-        LOGIN
-        MAIL EXTENDED
-        RCPT
-        DATA
-        QUIT
-        """,
-    "go-mail": """
-        C: EHLO localhost
-        OFFERS
-        PLAIN
-        NOOP
-        MAIL EXTENDED
-        RCPT
-        DATA
-        RSET
-        NOOP
-        MAIL EXTENDED
-        RCPT
-        DATA
-        RSET
-        QUIT
-        """,
-    "PHPMailer, with a response of its own and kept alive": """
-        EHLO
-        +C: AUTH PLAIN
-        +S: 334\x20
-        +C: AGpvZQBzZWNyZXQ=
-        +S: 235 2.7.0 ...
-        MAIL
-        RCPT
-        DATA
-        RSET
-        MAIL
-        RCPT
-        DATA
-        QUIT
-        """,
-    "qBittorrent": """
-        EHLO
-        C: HELO client.example
-        S: 250 localhost
-        PLAIN
-        MAIL
-        RCPT
-        DATA
-        QUIT
-        """,
-    "Exim, which pipelines": """
-        EHLO
-        PLAIN
-        C|MAIL FROM:<a@b> SIZE=1054\\r\\nRCPT TO:<c@d>\\r\\nRCPT TO:<e@f>\\r\\nDATA\\r\\n
-        S: 250 2.1.0 Ok
-        S: 250 2.1.5 Ok
-        S: 250 2.1.5 Ok
-        S: 354 Send data
-        C|Gr\\xc3\\xbc\\xc3\\x9fe\\r\\n..dot\\r\\n\\r\\n.\\r\\nQUIT\\r\\n
-        PIPED
-        BYE
-        """,
-    "Sendmail, which adds AUTH= where it is offered": """
-        EHLO
-        PLAIN
-        -C: MAIL From:<a@b> SIZE=40 BODY=8BITMIME
-        +C: MAIL From:<a@b> SIZE=40 BODY=8BITMIME AUTH=<>
-        S: 250 2.1.0 Ok
-        RCPT
-        DATA
-        QUIT
-        """,
-    "busybox sendmail": """
-        EHLO
-        LOGIN
-        MAIL
-        RCPT
-        DATA
-        QUIT
-        """,
-    "monit": """
-        EHLO
-        LOGIN
-        C: MAIL FROM: <a@b>
-        S: 250 2.1.0 Ok
-        C: RCPT TO: <c@d>
-        S: 250 2.1.5 Ok
-        C: RCPT TO: <e@f>
-        S: 250 2.1.5 Ok
-        DATA
-        QUIT
-        """,
-    "emailjs, whose text has bare LF": """
-        EHLO
-        PLAIN
-        MAIL
-        RCPT
-        C: DATA
-        S: 354 Send data
-        C|Subject: x\\r\\n\\r\\n.\\n.x\\ny\\r\\n.\\r\\n
-        D: <a@b> <c@d> <e@f> | Subject: x\\n\\n\\n.x\\ny\\n
-        S: 250 2.0.0 Ok, mail was piped
-        QUIT
-        """,
-}
-
-
-def turns(text: str, ours: str) -> Iterator[str]:
-    """Spell out the turns; take the lines that are for everybody and those marked as ours."""
-    for line in textwrap.dedent(text).strip("\n").splitlines():
-        if line in TURNS:
-            yield from turns(TURNS[line], ours)
-        elif line[:1] in ("C", "S", "D", "X"):
-            yield line
-        elif line.startswith(ours):
-            yield line[1:]
-
-
-@pytest.mark.parametrize("name", CLIENT_DIALOGUES)
-@pytest.mark.parametrize("with_login", [False, True], ids=["open", "login"])
-def test_dialogue_of_a_client(name: str, with_login: bool) -> None:
-    lines = turns(CLIENT_DIALOGUES[name], "+" if with_login else "-")
-    play("\n".join(lines), AUTH_POLICY if with_login else None)
-
-
 # Fuzzing: the session against random input made of real pieces
 
-PIECES = [line.encode() + b"\r\n" for text in DIALOGUES.values() for line in re.findall(r"C: (.*)", text)]
+PIECES = [client_octets(line) for text in DIALOGUES.values() for line in script(text) if line[:1] == "C"]
 PIECES += [b"\r\n", b"\n", b"\r", b".", b".\r\n", b"\r\n.\r\n", b"\0", b"<", b">", b" ", b"=", b"*\r\n"]
 PIECES += [b"x" * 5000] * 3
 PIECES += [JOE.encode() + b"\r\n", b"AUTH LOGIN\r\n", b"AUTH CRAM-MD5\r\n", b"AUTH SCRAM-SHA-256\r\n", b"am9l\r\n"]
 PIECES += [b"GET / HTTP/1.1\r\n", b"Host: x\r\n", b"DATA\r\n", b"DATA\n", b"QUIT\r\n", b"\xff\xfe", b"MAIL FROM:<>\r\n"]
-START = b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n"
 
 
 def random_input(rng: random.Random) -> bytes:
