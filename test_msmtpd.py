@@ -1770,8 +1770,7 @@ def test_options(arguments: list[str], expected: dict[str, Any]) -> None:
 
 
 REJECTED = [  # command line, what the message says
-    (["--bogus"], "unknown option '--bogus'"),
-    (["--bogus=1"], "unknown option '--bogus'"),
+    (["--bogus=1"], "unknown option '--bogus'; see --help"),
     (["--in"], "--in is ambiguous: --inetd, --interface"),
     (["-p", "25"], "unexpected argument '-p'; options begin with two dashes, see --help"),
     (["--command=msmtp", "-f"], "unexpected argument '-f'; options begin with two dashes, see --help"),
@@ -1783,21 +1782,57 @@ REJECTED = [  # command line, what the message says
     (["--inetd=yes"], "--inetd takes no argument"),
     (["--port=0"], "from 1 to 65535, not '0'"),
     (["--port=65536"], "from 1 to 65535"),
-    (["--port=smtp"], "from 1 to 65535, not 'smtp'"),
+    (["--port=smtp"], "--port needs a number from 1 to 65535, not 'smtp'"),
     (["--port=-1"], "from 1 to 65535"),
     (["--port=²"], "from 1 to 65535"),
     (["--max-size=10M"], "a number of octets such as 10485760, not '10M'"),
     (["--auth=,x"], "--auth needs a user name"),
     (["--auth=joe,"], "--auth needs a user name"),
+    (["--auth=joe echo x"], "--auth needs a comma between user name and command"),
     (["--=x"], "unknown option '--'"),
+    (["--interface=localhost"], "--interface needs an IPv4 or IPv6 address such as 127.0.0.1 or ::1, not 'localhost'"),
+    (["--interface=1.2.3.4.5"], "--interface needs an IPv4 or IPv6 address"),
+    (["--interface=127.1"], "--interface needs an IPv4 or IPv6 address such as 127.0.0.1 or ::1, not '127.1'"),
+    (["--interface=*"], "--interface needs an IPv4 or IPv6 address"),
+    (["--interface=fe80::1"], "a link-local address needs its interface, as in fe80::1%eth0"),
+    (["--interface=192.0.2.1"], "this machine has no such address, see --interface"),
+    (["--auth=joe,exit 3"], "the password command of --auth failed with exit status 3: 'exit 3'"),
+    (["--auth=joe,echo x; false\n"], "with exit status 1: 'echo x; false\\n'"),
+    (["--auth=joe,:"], "the password command of --auth printed no password: ':'"),
+    (["--auth=joe,echo; echo x"], "the password command of --auth printed no password: 'echo; echo x'"),
+    (["--command=cat 'x"], "--command is no valid shell command: "),
+    (["--command=if %F"], "--command is no valid shell command: "),
+    (["--command= "], "--command is empty"),
+    (["--command=cat >> mails;"], 'would be a command behind the ";" of --command; end it in "&& :"'),
+    (["--command=cat | cat &\n"], 'would be a command behind the "&" of --command; end it in "&& :"'),
+    (["--command=cat |"], 'would be a command behind the "|" of --command; end it in "&& :"'),
+    (['--command=: "$(: %F)"'], "%F stands in a here-document or a quoted substitution; use"),
 ]
 
 
 @pytest.mark.parametrize("arguments, message", REJECTED)
-def test_a_wrong_option_is_named_in_one_line(arguments: list[str], message: str) -> None:
+def test_what_is_wrong_with_the_command_line_is_told_in_one_line(arguments: list[str], message: str) -> None:
     with pytest.raises(msmtpd.StartupError) as error:
-        msmtpd.Options(arguments)
+        options = msmtpd.Options(["--port=2599", *arguments])
+        user, _, password_command = options.auth.partition(",")
+        assert not user or msmtpd.get_password(user, password_command, inetd=False)
+        msmtpd.Command(options.command, os.environb).check()
+        msmtpd.listening_socket(options.interfaces[0], options.port)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "number, cure",
+    [
+        (errno.EACCES, "; a port below 1024 takes root (or, on Linux, CAP_NET_BIND_SERVICE), try --port=2500"),
+        (errno.EADDRINUSE, "; another server is there already, try another --port"),
+    ],
+)
+def test_a_port_that_cannot_be_had_names_the_cure(number: int, cure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket.socket, "bind", fail_with(OSError(number, "No")))
+    with pytest.raises(msmtpd.StartupError) as error:
+        msmtpd.listening_socket("127.0.0.1", 25)
+    assert str(error.value) == f"cannot listen on 127.0.0.1 port 25: No{cure}"
 
 
 # ---- As a user starts it: the process --------------------------------------
@@ -1965,8 +2000,11 @@ def running(*arguments: str, **popen: Any) -> Iterator[subprocess.Popen[bytes]]:
         process.wait(20)
 
 
+Start = Callable[..., Daemon]
+
+
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
+def start(tmp_path: Path) -> Iterator[Start]:
     """Start daemons that end with the test."""
     daemons: list[Daemon] = []
 
@@ -1979,13 +2017,6 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
         if daemon.process.poll() is None:
             daemon.process.kill()
             daemon.process.wait()
-
-
-def test_a_mail_arrives_with_its_envelope_and_a_received_field(start: Callable[..., Daemon], box: Box) -> None:
-    daemon = start(f"--command={box.command}", environment=box.environment)
-    assert codes(daemon.talk(MAIL + b"QUIT\r\n")) == [220, 250, 250, 250, 354, 250, 221]
-    assert box.mails() == [(["-f", "a@b", "--", "c@d"], CONTENT)]
-    assert daemon.stop() == 0
 
 
 @pytest.mark.parametrize("listed", [0, 3, 64])  # no /dev/fd; FreeBSD; OpenBSD and NetBSD, whatever is open
@@ -2007,7 +2038,7 @@ def test_descriptors_are_closed_even_where_the_system_lists_others(listed: int, 
     assert (tmp_path / "fds").read_text().split() == ["0", "1", "2", "3"]  # 3 is its own, of the directory
 
 
-def test_the_command_inherits_only_descriptors_0_to_2(start: Callable[..., Daemon], tmp_path: Path) -> None:
+def test_the_command_inherits_only_descriptors_0_to_2(start: Start, tmp_path: Path) -> None:
     leak = os.open(os.devnull, os.O_RDONLY)
     os.dup2(leak, 300)
     daemon = start(f"--command=ls /proc/self/fd > {tmp_path}/fds; :", pass_fds=(leak, 300))
@@ -2018,9 +2049,7 @@ def test_the_command_inherits_only_descriptors_0_to_2(start: Callable[..., Daemo
 
 
 @pytest.mark.parametrize("log", ["none", "stderr"])
-def test_a_process_that_the_command_leaves_behind_may_print(
-    log: str, start: Callable[..., Daemon], tmp_path: Path
-) -> None:
+def test_a_process_that_the_command_leaves_behind_may_print(log: str, start: Start, tmp_path: Path) -> None:
     """Else it would die of SIGPIPE, with a mail that has been acknowledged."""
     os.mkfifo(tmp_path / "go")
     behind = "head -c 200000 /dev/zero; echo late >&2; cat go > /dev/null; mv mail sent"
@@ -2034,7 +2063,7 @@ def test_a_process_that_the_command_leaves_behind_may_print(
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_addresses_are_in_the_received_field(host: str, start: Callable[..., Daemon], tmp_path: Path) -> None:
+def test_addresses_are_in_the_received_field(host: str, start: Start, tmp_path: Path) -> None:
     daemon = start(f"--command=cat > {tmp_path}/mail; :", host=host)
     daemon.talk(MAIL)
     literal = f"[IPv6:{host}]" if ":" in host else f"[{host}]"
@@ -2043,7 +2072,7 @@ def test_addresses_are_in_the_received_field(host: str, start: Callable[..., Dae
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no cheap way to say so")
-def test_the_process_is_called_msmtpd(start: Callable[..., Daemon]) -> None:
+def test_the_process_is_called_msmtpd(start: Start) -> None:
     assert Path(f"/proc/{start().process.pid}/comm").read_text() == "msmtpd\n"
 
 
@@ -2062,7 +2091,7 @@ def test_systemd_may_be_told_by_an_abstract_socket(monkeypatch: pytest.MonkeyPat
         assert sock.recv(100, socket.MSG_DONTWAIT) == b"READY=1"
 
 
-def test_several_interfaces(start: Callable[..., Daemon]) -> None:
+def test_several_interfaces(start: Start) -> None:
     daemon = start("--interface=::1", "--interface=127.0.0.2", "--interface=::1", "--command=cat > /dev/null; :")
     for host in ("127.0.0.1", "::1", "127.0.0.2"):
         with socket.create_connection((host, daemon.port), timeout=5) as sock:
@@ -2070,57 +2099,29 @@ def test_several_interfaces(start: Callable[..., Daemon]) -> None:
     assert "on 127.0.0.1 port" in daemon.log() and "::1 port" in daemon.log()
 
 
-def test_many_mails_in_a_session_and_pipelined(start: Callable[..., Daemon], box: Box) -> None:
+def test_many_mails_in_a_session_and_pipelined(start: Start, box: Box) -> None:
     daemon = start(f"--command={box.command}", environment=box.environment)
     again = MAIL.partition(b"\r\n")[2]
     replies = codes(daemon.talk(MAIL + again * 2 + b"NOOP\r\nRSET\r\n" + again + b"QUIT\r\n"))
     mail = [250, 250, 354, 250]
     assert replies == [220, 250, *mail * 3, 250, 250, *mail, 221]
     assert box.mails() == [(["-f", "a@b", "--", "c@d"], CONTENT)] * 4
+    assert daemon.stop() == 0
 
 
-def test_dot_quit_and_end_in_one_go_as_exim_sends_them(start: Callable[..., Daemon], box: Box) -> None:
-    daemon = start(f"--command={box.command}", environment=box.environment)
-    with daemon.connect() as sock:
-        sock.sendall(MAIL[:-3])
-        while not sock.recv(1000).endswith(b"354 Send data\r\n"):
-            pass
-        sock.sendall(b".\r\nQUIT\r\n")
-        sock.shutdown(socket.SHUT_WR)
-        assert codes(read_all(sock)) == [250, 221]
-    assert len(box.mails()) == 1
-
-
-def test_a_command_that_does_not_read_its_input_does_not_show(start: Callable[..., Daemon]) -> None:
-    """The reason must reach the client, however big the mail is."""
-    daemon = start("--command=echo too bad; exit 65; :")
-    body = b"x" * 78 + b"\r\n"
-    replies = daemon.talk(MAIL[:-3] + body * 100_000 + b".\r\nQUIT\r\n")
-    assert codes(replies) == [220, 250, 250, 250, 354, 554, 221]
-    assert b"554 5.3.0 too bad\r\n" in replies
-
-
-def test_nothing_that_the_command_prints_reaches_the_session_after_success(start: Callable[..., Daemon]) -> None:
-    daemon = start("--command=echo 550 nonsense; echo 421 >&2; :")
-    assert b"nonsense" not in daemon.talk(MAIL + b"NOOP\r\n")
-
-
-def test_a_command_that_is_not_there_is_temporary_and_says_so(start: Callable[..., Daemon]) -> None:
-    replies = start("--command=no-such-program -f %F --").talk(MAIL + b"QUIT\r\n")
-    assert codes(replies)[-2:] == [451, 221]
-    assert b"exit status 127" in replies and b"no-such-program" in replies
-
-
-def test_one_log_line_tells_all_about_a_mail(start: Callable[..., Daemon]) -> None:
+def test_one_log_line_tells_all_about_a_mail(start: Start) -> None:
     daemon = start("--command=echo because; exit 75; :")
     daemon.talk(MAIL + b"QUIT\r\n")
     daemon.connect().close()  # a health check says nothing
     daemon.stop()
     lines = daemon.log().splitlines(True)
     assert all(LINE.fullmatch(line) for line in lines)
-    assert [line.partition("]: ")[2] for line in lines if "session 1 " in line] == [
+    logged = [
+        re.sub(r"=[0-9]+\.[0-9]{3} ", "=0.000 ", line.partition("]: ")[2]) for line in lines if "session 1 " in line
+    ]
+    assert logged == [
         "mail from=<a@b> to=<c@d> count=1 size=24 reply=451 seconds=0.000"
-        " result=Command failed for now with exit status 75 (EX_TEMPFAIL)\n".replace("0.000", _seconds(lines)),
+        " result=Command failed for now with exit status 75 (EX_TEMPFAIL)\n",
         "command said: because\n",
     ]
     assert "session 2 " not in daemon.log()
@@ -2131,13 +2132,7 @@ def test_one_log_line_tells_all_about_a_mail(start: Callable[..., Daemon]) -> No
     )
 
 
-def _seconds(lines: list[str]) -> str:
-    found = re.search(r"seconds=([0-9]+\.[0-9]{3}) ", "".join(lines))
-    assert found is not None
-    return found[1]
-
-
-def test_a_failed_login_is_logged_in_a_fixed_form_and_nothing_secret_is(start: Callable[..., Daemon]) -> None:
+def test_a_failed_login_is_logged_in_a_fixed_form_and_nothing_secret_is(start: Start) -> None:
     daemon = start("--auth=joe,echo secret", "--command=cat > /dev/null; :")
     wrong = f"AUTH PLAIN {b64(b'%cjoe%cgue55ed' % (0, 0))}\r\n".encode()
     assert codes(daemon.talk(b"EHLO x\r\n" + wrong + b"MAIL FROM:<a@b>\r\nQUIT\r\n")) == [220, 250, 535, 530, 221]
@@ -2159,7 +2154,7 @@ SESSIONS_WITHOUT_A_MAIL = [  # what the client says, how the log puts it
 ]
 
 
-def test_a_session_that_comes_to_nothing_leaves_its_last_refusal_in_the_log(start: Callable[..., Daemon]) -> None:
+def test_a_session_that_comes_to_nothing_leaves_its_last_refusal_in_the_log(start: Start) -> None:
     daemon = start("--command=cat > /dev/null; test bad@d !=")
     for octets, _ in SESSIONS_WITHOUT_A_MAIL:
         daemon.talk(octets)
@@ -2169,14 +2164,14 @@ def test_a_session_that_comes_to_nothing_leaves_its_last_refusal_in_the_log(star
     assert logged == expected
 
 
-def test_signals_that_were_blocked_by_whoever_started_us_work(start: Callable[..., Daemon]) -> None:
+def test_signals_that_were_blocked_by_whoever_started_us_work(start: Start) -> None:
     blocked = {signal.SIGCHLD, signal.SIGTERM}
     daemon = start("--command=:", preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, blocked))
     assert codes(daemon.talk(MAIL))[-1] == 250
     assert daemon.stop() == 0
 
 
-def test_a_standard_error_that_takes_nothing_stops_nobody(start: Callable[..., Daemon]) -> None:
+def test_a_standard_error_that_takes_nothing_stops_nobody(start: Start) -> None:
     reader, writer = os.pipe()
     daemon = start("--log=none", "--command=head -c 300000 /dev/zero; :", stderr=writer)
     assert codes(daemon.talk(MAIL))[-1] == codes(daemon.talk(MAIL))[-1] == 250
@@ -2194,20 +2189,20 @@ def test_an_interrupt_while_a_password_is_waited_for_leaves_no_traceback() -> No
     assert b"Traceback" not in process.communicate(timeout=20)[1] and process.returncode == 3
 
 
-def test_a_command_that_is_not_there_is_warned_of_at_the_start(start: Callable[..., Daemon]) -> None:
+def test_a_command_that_is_not_there_is_warned_of_at_the_start(start: Start) -> None:
     missing, builtin = start("--command=no-such-program -f %F --"), start("--command=exec cat")
     assert "warning: there is no command no-such-program; mails are refused with 451 until there is" in missing.log()
     assert "warning" not in builtin.log()
 
 
-def test_without_a_log_the_commands_output_goes_to_standard_error(start: Callable[..., Daemon]) -> None:
+def test_without_a_log_the_commands_output_goes_to_standard_error(start: Start) -> None:
     daemon = start("--log=none", "--command=echo hello; :")
     daemon.talk(MAIL)
     daemon.stop()
     assert daemon.log() == "hello\n"
 
 
-def test_restart_on_the_same_port_at_once(start: Callable[..., Daemon]) -> None:
+def test_restart_on_the_same_port_at_once(start: Start) -> None:
     """Even with a session open, and a command that lingers."""
     daemon = start("--command=sleep 20 & :")
     lingering = daemon.connect()
@@ -2218,16 +2213,13 @@ def test_restart_on_the_same_port_at_once(start: Callable[..., Daemon]) -> None:
     with lingering:
         assert lingering.recv(1000) == msmtpd.SHUTTING_DOWN
     assert daemon.process.wait(20) == 0
-    again = subprocess.Popen([*RUN, f"--port={daemon.port}", "--command=cat"], stderr=subprocess.PIPE)
-    try:
+    with running(*RUN, f"--port={daemon.port}", "--command=cat", stderr=subprocess.PIPE) as again:
         assert converse(("127.0.0.1", daemon.port), b"") == msmtpd.GREETING
-    finally:
-        again.terminate()
-        assert again.communicate()[1] == b"" and again.returncode == 0
+    assert again.communicate()[1] == b"" and again.returncode == 0
 
 
-def test_a_login_is_answered_late_after_a_failure_and_nobody_else_waits(start: Callable[..., Daemon]) -> None:
-    """The one test in real time."""
+def test_a_login_is_answered_late_after_a_failure_and_nobody_else_waits(start: Start) -> None:
+    """In real time, which all tests with a World do without."""
     daemon = start("--auth=joe,echo secret", "--command=cat > /dev/null; :")
     with daemon.connect() as bad, daemon.connect() as other:
         bad.sendall(b"EHLO x\r\nAUTH PLAIN AGEAYQ==\r\n")
@@ -2278,7 +2270,7 @@ def without_desktop() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in ("DBUS_SESSION_BUS_ADDRESS", "DISPLAY")}
 
 
-def test_the_password_is_the_first_line_that_the_command_prints(start: Callable[..., Daemon]) -> None:
+def test_the_password_is_the_first_line_that_the_command_prints(start: Start) -> None:
     daemon = start("--auth=joe,printf ' p,w d \\r\\nnext\\n'", "--command=cat")
     assert codes(daemon.talk(login_line("joe", " p,w d ")))[:3] == [220, 250, 235]
 
@@ -2343,29 +2335,12 @@ def test_no_password_at_the_terminal_is_an_error(typed: bytes) -> None:
 
 STARTUP_ERRORS = [  # options, what the one line says
     (["--bogus"], "unknown option '--bogus'; see --help"),
-    (["--port=99999"], "--port needs a number from 1 to 65535, not '99999'"),
-    (["--interface=localhost"], "--interface needs an IPv4 or IPv6 address such as 127.0.0.1 or ::1, not 'localhost'"),
-    (["--interface=1.2.3.4.5"], "--interface needs an IPv4 or IPv6 address"),
-    (["--interface=192.0.2.1", "--port=2500"], "this machine has no such address, see --interface"),
-    (["--auth=joe,exit 3"], "the password command of --auth failed with exit status 3: 'exit 3'"),
-    (["--auth=joe,:"], "the password command of --auth printed no password: ':'"),
-    (["--auth=joe,echo"], "the password command of --auth printed no password: 'echo'"),
-    (["--auth=joe"], ", and no terminal to ask for a password; use --auth=joe,command"),
-    (["--auth=joe echo x"], "--auth needs a comma between user name and command"),
-    (["--interface=127.1"], "--interface needs an IPv4 or IPv6 address such as 127.0.0.1 or ::1, not '127.1'"),
-    (["--interface=*"], "--interface needs an IPv4 or IPv6 address"),
     (["--interface=\udcff"], "--interface needs an IPv4 or IPv6 address"),
     (["--auth=joe,exit 1\n"], "with exit status 1: 'exit 1\\n'"),
+    (["--auth=joe"], ", and no terminal to ask for a password; use --auth=joe,command"),
     (["--inetd", "--auth=joe"], ", and no terminal to ask for a password"),
+    (["--inetd", "--auth=joe,exit 3"], "with exit status 3: 'exit 3'"),
     (["--in"], "option --in is ambiguous: --inetd, --interface"),
-    (["--port=2599", "--command=cat 'x"], "--command is no valid shell command: "),
-    (["--port=2599", "--command= "], "--command is empty"),
-    (["--port=2599", "--command=cat >> mails;"], 'would be a command behind the ";" of --command; end it in "&& :"'),
-    (["--port=2599", "--command=cat | cat &\n"], 'would be a command behind the "&" of --command; end it in "&& :"'),
-    (["--port=2599", "--command=cat |"], 'would be a command behind the "|" of --command; end it in "&& :"'),
-    (["--port=2599", "--interface=fe80::1"], "a link-local address needs its interface, as in fe80::1%eth0"),
-    (["--port=2599", "--command=if %F"], "--command is no valid shell command: "),
-    (["--port=2599", '--command=: "$(: %F)"'], "%F stands in a here-document or a quoted substitution; use"),
 ]
 
 
@@ -2381,19 +2356,6 @@ def test_a_start_up_error_is_one_line_and_exit_status_3(options: list[str], mess
     assert result.returncode == 3 and result.stdout == ""
     assert result.stderr.startswith("msmtpd: ") and result.stderr.count("\n") == 1
     assert message in result.stderr
-
-
-def test_a_port_in_use_is_named() -> None:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        sock.listen()
-        port = sock.getsockname()[1]
-        result = run_program(f"--port={port}")
-    assert result.returncode == 3
-    assert result.stderr == (
-        f"msmtpd: cannot listen on 127.0.0.1 port {port}: Address already in use;"
-        " another server is there already, try another --port\n"
-    )
 
 
 def test_version_and_help() -> None:
@@ -2416,7 +2378,7 @@ def test_listening_beyond_loopback_is_warned_of(tmp_path: Path) -> None:
         assert warning.startswith(f"msmtpd: warning: listening on 0.0.0.0 port {port}") and danger in warning
 
 
-def test_a_mapped_loopback_address_is_no_danger(start: Callable[..., Daemon]) -> None:
+def test_a_mapped_loopback_address_is_no_danger(start: Start) -> None:
     assert "warning" not in start(host="::ffff:127.0.0.1").log()
 
 
@@ -3802,7 +3764,7 @@ def idle_descriptors(daemon: Daemon) -> int:
     return daemon.descriptors()
 
 
-def test_a_server_at_rest_has_the_descriptors_that_it_needs(start: Callable[..., Daemon]) -> None:
+def test_a_server_at_rest_has_the_descriptors_that_it_needs(start: Start) -> None:
     needed = ("input", "output", "error", "listener", "selector", "reader of signals", "writer of signals")
     assert idle_descriptors(start()) == len(needed)
 
@@ -3815,14 +3777,14 @@ def quiet(daemon: Daemon) -> None:
 # Disk
 
 
-def test_a_limit_on_the_size_of_files_refuses_big_mails_for_now(start: Callable[..., Daemon], box: Box) -> None:
+def test_a_limit_on_the_size_of_files_refuses_big_mails_for_now(start: Start, box: Box) -> None:
     daemon = start(f"--command={box.command}", environment=box.environment)
     with limited(daemon, resource.RLIMIT_FSIZE, 50_000):
         assert codes(daemon.talk(big_mail(200_000) + MAIL))[-6:] == [452, 250, 250, 250, 354, 250]
     assert codes(daemon.talk(big_mail(200_000)))[-1] == 250 and len(box.mails()) == 2
 
 
-def test_a_spool_directory_that_is_missing_refuses_big_mails_for_now(start: Callable[..., Daemon], box: Box) -> None:
+def test_a_spool_directory_that_is_missing_refuses_big_mails_for_now(start: Start, box: Box) -> None:
     spool = box.directory / "spool"
     daemon = start(f"--command={box.command}", environment={**box.environment, "TMPDIR": str(spool)})
     assert codes(daemon.talk(big_mail(100_000) + MAIL))[-6:] == [452, 250, 250, 250, 354, 250]
@@ -3830,14 +3792,14 @@ def test_a_spool_directory_that_is_missing_refuses_big_mails_for_now(start: Call
     assert codes(daemon.talk(big_mail(100_000)))[-1] == 250
 
 
-def test_a_log_on_a_full_disk_never_disturbs_mail(start: Callable[..., Daemon], box: Box) -> None:
+def test_a_log_on_a_full_disk_never_disturbs_mail(start: Start, box: Box) -> None:
     daemon = start("--log=/dev/full", f"--command={box.command}", environment=box.environment)
     assert codes(daemon.talk(MAIL + b"GET / HTTP/1.0\r\n"))[-1] == 250
     daemon.process.send_signal(signal.SIGHUP)
     assert codes(daemon.talk(MAIL))[-1] == 250 and len(box.mails()) == 2 and daemon.stop() == 0
 
 
-def test_a_log_that_moves_away_and_signals_lose_neither_mails_nor_lines(start: Callable[..., Daemon], box: Box) -> None:
+def test_a_log_that_moves_away_and_signals_lose_neither_mails_nor_lines(start: Start, box: Box) -> None:
     log = box.directory / "log"
     daemon = start(f"--log={log}", f"--command={COUNT}", environment=box.environment)
 
@@ -3866,7 +3828,7 @@ def test_a_log_that_moves_away_and_signals_lose_neither_mails_nor_lines(start: C
 # Descriptors, processes
 
 
-def test_more_clients_than_descriptors(start: Callable[..., Daemon], box: Box) -> None:
+def test_more_clients_than_descriptors(start: Start, box: Box) -> None:
     """They wait, in the dark about it; all is well again when they have gone."""
     daemon = start(f"--command={box.command}", environment=box.environment)
     before = idle_descriptors(daemon)
@@ -3891,7 +3853,7 @@ def test_more_clients_than_descriptors(start: Callable[..., Daemon], box: Box) -
     assert daemon.stop() == 0
 
 
-def test_where_descriptors_are_few_there_are_fewer_sessions(start: Callable[..., Daemon], box: Box) -> None:
+def test_where_descriptors_are_few_there_are_fewer_sessions(start: Start, box: Box) -> None:
     """Else silent clients would take all the descriptors, and be met with the long patience."""
 
     def few() -> None:
@@ -3909,7 +3871,7 @@ def test_where_descriptors_are_few_there_are_fewer_sessions(start: Callable[...,
     assert "cannot" not in daemon.log()
 
 
-def test_a_client_authenticates_while_there_are_no_descriptors(start: Callable[..., Daemon], box: Box) -> None:
+def test_a_client_authenticates_while_there_are_no_descriptors(start: Start, box: Box) -> None:
     """What only some sessions need may be imported late, but not when it can fail."""
     daemon = start(f"--command={box.command}", "--auth=joe,echo secret", environment=box.environment)
     with contextlib.ExitStack() as stack, limited(daemon, resource.RLIMIT_NOFILE, idle_descriptors(daemon) + 8):
@@ -3945,7 +3907,7 @@ COMMANDS_THAT_FAIL = {  # command, the code of the reply, what is in it
 
 
 @pytest.mark.parametrize("command, code, text", [(c, *r) for c, r in COMMANDS_THAT_FAIL.items()], ids=repr)
-def test_commands_that_fail(start: Callable[..., Daemon], box: Box, command: str, code: int, text: str) -> None:
+def test_commands_that_fail(start: Start, box: Box, command: str, code: int, text: str) -> None:
     daemon = start(f"--command={command}", environment=box.environment)
     with daemon.connect() as sock:
         sock.sendall(MAIL + b"NOOP\r\nQUIT\r\n")
@@ -3972,7 +3934,7 @@ COMMANDS_THAT_SUCCEED = {
 
 
 @pytest.mark.parametrize("command", COMMANDS_THAT_SUCCEED.values(), ids=COMMANDS_THAT_SUCCEED)
-def test_commands_that_succeed_in_odd_ways(start: Callable[..., Daemon], box: Box, command: str) -> None:
+def test_commands_that_succeed_in_odd_ways(start: Start, box: Box, command: str) -> None:
     daemon = start(f"--command={command}", environment=box.environment)
     began = time.monotonic()
     assert codes(daemon.talk(big_mail(5_000_000) + b"QUIT\r\n"))[-2:] == [250, 221]
@@ -3980,7 +3942,7 @@ def test_commands_that_succeed_in_odd_ways(start: Callable[..., Daemon], box: Bo
     assert daemon.children() == [] and daemon.stop() == 0
 
 
-def test_a_stopped_command_delays_nobody_and_may_go_on(start: Callable[..., Daemon], box: Box) -> None:
+def test_a_stopped_command_delays_nobody_and_may_go_on(start: Start, box: Box) -> None:
     command = f'[ "$MSMTPD_SENDER" != a@b ] || kill -STOP $$; {COUNT}'
     daemon = start(f"--command={command}", environment=box.environment)
     with daemon.connect() as sock:
@@ -3993,7 +3955,7 @@ def test_a_stopped_command_delays_nobody_and_may_go_on(start: Callable[..., Daem
     assert counted(box) == ["c@d", "second@x"]
 
 
-def test_children_that_outlive_a_command_keep_no_socket_of_ours(start: Callable[..., Daemon], box: Box) -> None:
+def test_children_that_outlive_a_command_keep_no_socket_of_ours(start: Start, box: Box) -> None:
     pidfile = box.directory / "pid"
     daemon = start(f"--command=sleep 10 & echo $! > {pidfile}; :", environment=box.environment)
     daemon.talk(MAIL)
@@ -4023,7 +3985,7 @@ def half_close(sock: socket.socket) -> None:
 
 @pytest.mark.parametrize("leave", [reset, socket.socket.close, half_close])
 def test_a_client_that_vanishes_at_any_octet_leaves_nothing_behind(
-    start: Callable[..., Daemon], box: Box, leave: Callable[[socket.socket], None]
+    start: Start, box: Box, leave: Callable[[socket.socket], None]
 ) -> None:
     """Half a mail is never delivered; a whole one is, unless the reset has overtaken it."""
     spool = box.directory / "spool"
@@ -4048,7 +4010,7 @@ def test_a_client_that_vanishes_at_any_octet_leaves_nothing_behind(
     assert "unexpected" not in daemon.log()
 
 
-def test_clients_that_stall_everywhere_delay_nobody(start: Callable[..., Daemon], box: Box) -> None:
+def test_clients_that_stall_everywhere_delay_nobody(start: Start, box: Box) -> None:
     daemon = start(f"--command={COUNT}", environment=box.environment)
     with contextlib.ExitStack() as stack:
         for place in range(0, END_OF_MAIL, 2):
@@ -4062,7 +4024,7 @@ def test_clients_that_stall_everywhere_delay_nobody(start: Callable[..., Daemon]
 # Load
 
 
-def test_five_hundred_mails_over_sixteen_connections(start: Callable[..., Daemon], box: Box) -> None:
+def test_five_hundred_mails_over_sixteen_connections(start: Start, box: Box) -> None:
     daemon = start(f"--command={COUNT}", environment=box.environment)
     before = idle_descriptors(daemon)
     recipients = [f"r{number:03}@x" for number in range(500)]
@@ -4094,7 +4056,7 @@ def many_descriptors(number: int) -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-def test_a_thousand_clients_at_once_with_a_mail_each(start: Callable[..., Daemon], box: Box) -> None:
+def test_a_thousand_clients_at_once_with_a_mail_each(start: Start, box: Box) -> None:
     daemon = start(f"--command={COUNT}", environment=box.environment)
     before = idle_descriptors(daemon)
     recipients = [f"r{number:03}@x" for number in range(1000)]
@@ -4128,7 +4090,7 @@ REST_OF_MAIL = b"lo\r\n.\r\n"
 class Stage:
     """A server whose commands wait at a gate, and a client in the middle of a mail."""
 
-    def __init__(self, start: Callable[..., Daemon], box: Box) -> None:
+    def __init__(self, start: Start, box: Box) -> None:
         self.box, self.spool = box, box.directory / "spool"
         self.spool.mkdir()
         box.record.write_text(GATED)
@@ -4216,7 +4178,7 @@ class Stage:
 
 
 @pytest.fixture
-def stage(start: Callable[..., Daemon], box: Box) -> Iterator[Stage]:
+def stage(start: Start, box: Box) -> Iterator[Stage]:
     stage = Stage(start, box)
     yield stage
     stage.close()
