@@ -677,12 +677,13 @@ class Note:
 
 
 class AuthResult:
-    """How an authentication went: the throttle may hold back the replies that follow."""
+    """How an authentication went, and `then` what follows: the throttle may hold that back."""
 
-    __slots__ = ("failed",)
+    __slots__ = ("failed", "then")
 
-    def __init__(self, failed: bool) -> None:
+    def __init__(self, failed: bool, then: list[Action]) -> None:
         self.failed = failed
+        self.then = then
 
 
 class Deliver:
@@ -784,11 +785,13 @@ class Session:
         """Work off the next line or piece of data; [] if it is not there yet."""
         if self._deaf:
             return []
-        try:
-            actions = self._read()
-        except Refused as refused:
-            self._exchange = None
-            return self._negative(refused.reply, logged=False)
+        actions: list[Action] = []
+        if self._at < len(self._input):
+            try:
+                actions = self._read_line() if self.data is None else self._read_data(self.data)
+            except Refused as refused:
+                self._exchange = None
+                return self._negative(refused.reply, logged=False)
         return self._leave() if self._ended and not actions else actions
 
     def conclude(self, delivered: bool, reply: Reply) -> list[Action]:
@@ -836,11 +839,6 @@ class Session:
             self.data = None
 
     # Readers: who gets the next input
-
-    def _read(self) -> list[Action]:
-        if self._at == len(self._input):
-            return []
-        return self._read_line() if self.data is None else self._read_data(self.data)
 
     def _read_line(self) -> list[Action]:
         in_auth = self._exchange is not None
@@ -994,18 +992,20 @@ class Session:
         except StopIteration as end:
             self._exchange = None
             return self._finish_auth(end.value)
-        held_back = [AuthResult(failed=False)] if isinstance(challenge, FinalChallenge) else []
-        return [*held_back, ask(challenge)]
+        if isinstance(challenge, FinalChallenge):
+            return [AuthResult(False, [ask(challenge)])]
+        return [ask(challenge)]
 
     def _finish_auth(self, success: bool) -> list[Action]:
         if success:
             self.authenticated = True
-            return [AuthResult(failed=False), AUTHENTICATED]
+            return [AuthResult(False, [AUTHENTICATED])]
         self._auth_failures += 1
-        actions: list[Action] = [Note("warning", "authentication failed"), AuthResult(failed=True)]
         if self._auth_failures < MAX_AUTH_FAILURES:
-            return actions + self._negative(AUTH_FAILED, logged=True)
-        return [*actions, TOO_MANY_FAILURES, *self._end(orderly=False)]
+            then = self._negative(AUTH_FAILED, logged=True)
+        else:
+            then = [TOO_MANY_FAILURES, *self._end(orderly=False)]
+        return [Note("warning", "authentication failed"), AuthResult(True, then)]
 
 
 if TYPE_CHECKING:
@@ -1349,30 +1349,34 @@ if TYPE_CHECKING:
 
 READ, WRITE = 1, 2  # as selectors.EVENT_READ and EVENT_WRITE
 
+
+class Task:
+    """What the loop calls."""
+
+    def ready(self, events: int) -> None:
+        """A descriptor can be read or written, as READ or WRITE in `events` say."""
+
+    def resume(self) -> None:
+        """Go on as you asked."""
+
+    def due(self) -> float:
+        """Return when expire() is to be called, in seconds of the loop's clock."""
+        return NEVER
+
+    def expire(self) -> None:
+        """That time has come."""
+
+    def crash(self) -> None:
+        """One of these has raised an exception."""
+
+
 if TYPE_CHECKING:
-
-    class Task(Protocol):
-        def crash(self) -> None: ...
-
-    class Watcher(Task, Protocol):
-        def ready(self, events: int) -> None: ...
-
-    class Timed(Task, Protocol):
-        def due(self) -> float: ...
-        def expire(self) -> None: ...
-
-    class Resumable(Task, Protocol):
-        def resume(self) -> None: ...
 
     class Selector(Protocol):
         def register(self, fileobj: int, events: int) -> object: ...
         def modify(self, fileobj: int, events: int) -> object: ...
         def unregister(self, fileobj: int) -> object: ...
-        def select(self, timeout: float | None = None) -> Iterable[tuple[Key, int]]: ...
-
-    class Key(Protocol):
-        @property
-        def fd(self) -> int: ...
+        def select(self, timeout: float | None = None) -> Iterable[tuple[Any, int]]: ...
 
 
 class Loop:
@@ -1386,12 +1390,12 @@ class Loop:
         self._selector = selector
         self._log = log
         self._clock = clock
-        self._watched: dict[int, tuple[Watcher, int]] = {}
-        self._resumable: dict[Resumable, None] = {}  # in the order of their requests
-        self._timed: set[Timed] = set()
+        self._watched: dict[int, tuple[Task, int]] = {}
+        self._resumable: dict[Task, None] = {}  # in the order of their requests
+        self._timed: set[Task] = set()
         self._wake_at = NEVER
 
-    def watch(self, descriptor: int, events: int, task: Watcher) -> None:
+    def watch(self, descriptor: int, events: int, task: Task) -> None:
         """Call task.ready() whenever the descriptor is; `events` 0 for no longer."""
         before = self._watched.get(descriptor, (task, 0))[1]
         if events == before:
@@ -1406,16 +1410,16 @@ class Loop:
             self._selector.register(descriptor, events)
         self._watched[descriptor] = task, events
 
-    def resume_later(self, task: Resumable) -> None:
+    def resume_later(self, task: Task) -> None:
         """Call task.resume() when all that is ready now has had its turn."""
         self._resumable[task] = None
 
-    def add_timed(self, task: Timed) -> None:
+    def add_timed(self, task: Task) -> None:
         """Call task.expire() once it is due, until remove_timed()."""
         self._timed.add(task)
         self.schedule(task.due())
 
-    def remove_timed(self, task: Timed) -> None:
+    def remove_timed(self, task: Task) -> None:
         self._timed.discard(task)
 
     def schedule(self, when: float) -> None:
@@ -1494,7 +1498,7 @@ class Loop:
 # wakes us.  Every descriptor is close-on-exec.
 
 
-class Server:
+class Server(Task):
     """The sessions of one process, from their beginning to the end of it all."""
 
     def __init__(self, loop: Loop, log: Log, policy: Policy, command: Command, throttle: Throttle) -> None:
@@ -1506,7 +1510,7 @@ class Server:
         self.connections: set[Connection] = set()
         self.admission = Admission(loop, log, self.connections)
         self.stopping = False
-        self._sessions = 0  # begun so far
+        self.sessions = 0  # begun so far
         self._stop_at = NEVER  # when those that have not ended must
         self._at_once = False
         self._notify: Callable[[str], None] = lambda state: None
@@ -1524,8 +1528,8 @@ class Server:
 
         `client` is an IP address, or empty where there is none.
         """
-        self._sessions += 1
-        connection = Connection(self, self._sessions, reader, writer, sock, client)
+        self.sessions += 1
+        connection = Connection(self, reader, writer, sock, client)
         self.connections.add(connection)
         self.loop.add_timed(connection)
         self.loop.guard(connection, connection.resume)
@@ -1573,10 +1577,8 @@ class Server:
         self._stop_at = NEVER
         self._stop_sessions(now=True)
 
-    def crash(self) -> None: ...
 
-
-class Admission:
+class Admission(Task):
     """Who may come in, and for how long the others may make no progress.
 
     Clients wait in the backlog while all sessions are taken or resources have
@@ -1590,6 +1592,7 @@ class Admission:
         self._loop = loop
         self._log = log
         self._connections = connections
+        self._open = False  # the listeners are watched
         self._crowded_until = NEVER  # while clients have to wait, or have had to lately
         self._rest_until = NEVER  # while nothing is accepted because resources ran out
         loop.add_timed(self)
@@ -1608,11 +1611,13 @@ class Admission:
         admits = self.admits
         if not admits:
             self._crowd(f"all {self.max_sessions} sessions are taken, further clients wait")
-        try:
-            for listener in self.listeners:
-                listener.watch(admits)
-        except OSError as error:
-            self.rest(error)
+        if admits != self._open:
+            self._open = admits
+            try:
+                for listener in self.listeners:
+                    listener.watch(admits)
+            except OSError as error:
+                self.rest(error)
 
     def rest(self, error: OSError) -> None:
         """Accept nothing for a moment: descriptors or memory have run out."""
@@ -1642,8 +1647,6 @@ class Admission:
             self._crowded_until = NEVER
             self._log.write("info", "clients no longer wait")
 
-    def crash(self) -> None: ...
-
 
 # The phases of a connection's life
 OPEN = "open"  # reading commands or data, answering them
@@ -1654,7 +1657,7 @@ DRAINING = "draining"  # they are; what the client still sends is dropped
 CLOSED = "closed"  # descriptors are closed
 
 
-class Connection:
+class Connection(Task):
     """Performs the actions of a Session on two descriptors, which may be one socket.
 
     Its phases, and the methods that change them:
@@ -1667,11 +1670,9 @@ class Connection:
         CLOSED                             from all by _forget(), when nothing is left to be done
     """
 
-    def __init__(
-        self, server: Server, number: int, reader: int, writer: int, sock: _socket.socket | None, client: str
-    ) -> None:
+    def __init__(self, server: Server, reader: int, writer: int, sock: _socket.socket | None, client: str) -> None:
         self._server = server
-        self._number = number
+        self._number = server.sessions
         self._reader = reader
         self._writer = writer
         self._sock = sock
@@ -1736,18 +1737,13 @@ class Connection:
         """Tell the loop what we wait for."""
         if self._phase == CLOSED:
             return
-        reading = READ * (self._phase == DRAINING or (self._phase == OPEN and self._hungry and not self._clogged))
+        reading = READ * ((self._phase == OPEN and self._hungry) or self._phase == DRAINING)
         writing = WRITE * bool(self._replies)
         if self._reader == self._writer:
             self._server.loop.watch(self._reader, reading | writing, self)
         else:
             self._server.loop.watch(self._reader, reading, self)
             self._server.loop.watch(self._writer, writing, self)
-
-    @property
-    def _clogged(self) -> bool:
-        """Whether the client does not take its replies."""
-        return len(self._replies) > REPLY_BUFFER
 
     # Actions
 
@@ -1756,23 +1752,19 @@ class Connection:
         for _ in range(TURN_STEPS):
             if self._server.stopping:
                 self.stop(now=False)
-            if self._phase != OPEN or self._hungry or self._clogged:
+            if self._phase != OPEN or len(self._replies) > REPLY_BUFFER:
                 break
-            if not self._actions:
-                self._take_step()
-            if self._actions:
-                self._perform(self._actions.pop(0))
+            actions, self._actions = self._actions or self._session.step(), []
+            if not actions:
+                self._hungry = True
+                break
+            self._progress = self._server.loop.now
+            for action in actions:
+                self._perform(action)
         self._flush()
-        if self._phase == OPEN and not self._hungry and not self._clogged:
+        if not self._hungry and self._phase == OPEN and len(self._replies) <= REPLY_BUFFER:
             self._server.loop.resume_later(self)  # its turn is over, or its replies have just been taken
         self._watch()
-
-    def _take_step(self) -> None:
-        self._actions = self._session.step()
-        if self._actions:
-            self._progress = self._server.loop.now
-        else:
-            self._hungry = True
 
     def _perform(self, action: Action) -> None:
         if isinstance(action, bytes):
@@ -1780,6 +1772,7 @@ class Connection:
         elif isinstance(action, Deliver):
             self._deliver(action)
         elif isinstance(action, AuthResult):
+            self._actions = action.then
             self._pause(self._server.throttle.delay(self._server.loop.now, action.failed))
         elif isinstance(action, Note):
             self.log(action.level, action.text)
@@ -1831,7 +1824,7 @@ class Connection:
 
     def stop(self, now: bool) -> None:
         """End a session because the server stops: before its next mail, or `now`, but for a delivery."""
-        busy = self._session.in_transaction or (self._actions and not self._clogged)
+        busy = self._session.in_transaction or (self._actions and len(self._replies) <= REPLY_BUFFER)
         if (self._phase == OPEN and (now or not busy)) or (self._phase == PAUSED and now):
             self._say_goodbye(SHUTTING_DOWN)
 
@@ -1895,7 +1888,7 @@ class Connection:
         self._server.ended(self)
 
 
-class Queue:
+class Queue(Task):
     """The mails whose commands run or wait for their turn."""
 
     def __init__(self, loop: Loop, log: Log, command: Command) -> None:
@@ -1944,10 +1937,8 @@ class Queue:
             delivery = self._waiting.pop(0)
             self.loop.guard(delivery, delivery.give_up)
 
-    def crash(self) -> None: ...
 
-
-class Delivery:
+class Delivery(Task):
     """Runs the command for one mail, and tells the client how it went."""
 
     def __init__(self, queue: Queue, connection: Connection, mail: Deliver) -> None:
@@ -2072,7 +2063,7 @@ class Outputs:
         self.leftovers: list[Output] = []
 
 
-class Output:
+class Output(Task):
     """What one command prints: a pipe, of which the tail is kept.
 
     It is read after the command's end too, while another process can print into
@@ -2128,7 +2119,7 @@ class Output:
         self._close()
 
 
-class Listener:
+class Listener(Task):
     """A listening socket."""
 
     def __init__(self, server: Server, sock: socket.socket) -> None:
@@ -2155,10 +2146,8 @@ class Listener:
         self.watch(False)
         self._sock.close()
 
-    def crash(self) -> None: ...
 
-
-class Signals:
+class Signals(Task):
     """Turns signals into events of the loop, through a pipe that Python writes them to."""
 
     def __init__(self, server: Server) -> None:
@@ -2183,8 +2172,6 @@ class Signals:
         for number in numbers:
             if number in (signal.SIGTERM, signal.SIGINT):
                 self._server.stop()
-
-    def crash(self) -> None: ...
 
 
 # ---- Inetd -----------------------------------------------------------------
@@ -2221,11 +2208,11 @@ class SmallSelector:
     def unregister(self, fileobj: int) -> None:
         del self._events[fileobj]
 
-    def select(self, timeout: float | None = None) -> list[tuple[Key, int]]:
+    def select(self, timeout: float | None = None) -> list[tuple[Any, int]]:
         readers = [fd for fd, events in self._events.items() if events & READ]
         writers = [fd for fd, events in self._events.items() if events & WRITE]
         readable, writable, _ = select.select(readers, writers, [], timeout)
-        ready: list[tuple[Key, int]] = [(Ready(fd), READ) for fd in readable]
+        ready: list[tuple[Any, int]] = [(Ready(fd), READ) for fd in readable]
         return ready + [(Ready(fd), WRITE) for fd in writable]
 
 
@@ -2402,17 +2389,8 @@ For a first try, as anybody, with the mails going to a file:
 The manual page msmtpd(1) tells the rest.
 """
 
-OPTIONS = {  # whether it takes an argument
-    "version": False,
-    "help": False,
-    "inetd": False,
-    "interface": True,
-    "port": True,
-    "log": True,
-    "command": True,
-    "auth": True,
-    "max-size": True,
-}
+FLAGS = ("version", "help", "inetd")
+OPTIONS = (*FLAGS, "interface", "port", "log", "command", "auth", "max-size")
 
 
 class Options:
@@ -2463,11 +2441,11 @@ def parse_options(arguments: Sequence[str]) -> list[tuple[str, str]]:
             raise StartupError(f"unexpected argument {unexpected!a}; {cure}, see --help")
         given, equals, value = word[2:].partition("=")
         name = complete_option(given)
-        if OPTIONS[name] and not equals and rest:
+        if name not in FLAGS and not equals and rest:
             value = rest.pop(0)
-        if OPTIONS[name] and not value:
+        if name not in FLAGS and not value:
             raise StartupError(f"option --{name} needs an argument; see --help")
-        if equals and not OPTIONS[name]:
+        if name in FLAGS and equals:
             raise StartupError(f"option --{name} takes no argument; see --help")
         options.append((name, value))
     return options
