@@ -1114,19 +1114,6 @@ def test_the_end_of_input_is_the_end_of_the_session(text: str, orderly: bool) ->
     assert peer.notes == ["client left in the middle of a mail"] * (not orderly)
 
 
-def test_the_end_of_input_waits_for_a_delivery_and_for_what_came_before_it() -> None:
-    session = msmtpd.Session(msmtpd.Policy(), lambda name, protocol: msmtpd.Spool())
-    session.receive(HELO + mail_to("c@d") + b"NOOP\r\n")
-    actions: list[Any] = []
-    while step := session.step():
-        actions += step
-    session.receive(b"")
-    assert isinstance(actions[-1], msmtpd.Deliver) and session.step() == []
-    assert session.conclude(True, msmtpd.DELIVERED) == [msmtpd.DELIVERED] and session.step() == [msmtpd.OK]
-    (close,) = session.step()
-    assert isinstance(close, msmtpd.Close) and close.orderly and session.step() == []
-
-
 def test_the_end_of_input_waits_for_the_reply_to_a_mail() -> None:
     session = msmtpd.Session(msmtpd.Policy(), lambda name, protocol: msmtpd.Spool())
     session.receive(START + b".\r\nNOOP\r\n")
