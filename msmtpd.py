@@ -1438,10 +1438,7 @@ class Loop:
         for key, mask in events:
             watcher = self._watched.get(key.fd, (None, 0))[0]
             if watcher is not None:  # one before it may have closed the descriptor
-                try:
-                    watcher.ready(mask)
-                except Exception as error:
-                    self._crash(watcher, error)
+                self.guard(watcher, watcher.ready, mask)
         resumable, self._resumable = self._resumable, {}
         for task in resumable:
             self.guard(task, task.resume)
@@ -1459,14 +1456,11 @@ class Loop:
         try:
             method(*arguments)
         except Exception as error:
-            self._crash(task, error)
-
-    def _crash(self, task: Task, error: Exception) -> None:
-        self._report(error)
-        try:
-            task.crash()
-        except Exception as second:
-            self._report(second)
+            self._report(error)
+            try:
+                task.crash()
+            except Exception as second:
+                self._report(second)
 
     def _report(self, error: Exception) -> None:
         """Log a traceback; the traceback module might need descriptors that have run out."""
@@ -1648,26 +1642,27 @@ class Admission(Task):
             self._log.write("info", "clients no longer wait")
 
 
-# The phases of a connection's life
-OPEN = "open"  # reading commands or data, answering them
-PAUSED = "paused"  # the throttle holds back an outcome
+# The phases of a connection
+OPEN = "open"  # reads commands or data, answers them
+PAUSED = "paused"  # the throttle holds back the outcome of an authentication
 DELIVERING = "delivering"  # a delivery waits or runs
 CLOSING = "closing"  # the last replies are being written
 DRAINING = "draining"  # they are; what the client still sends is dropped
-CLOSED = "closed"  # descriptors are closed
+CLOSED = "closed"  # nothing is left
 
 
 class Connection(Task):
     """Performs the actions of a Session on two descriptors, which may be one socket.
 
-    Its phases, and the methods that change them:
+    PAUSED <-- _pause() --- OPEN --- _deliver() --> DELIVERING
+       |  --- _reopen() -->   |   <-- _reopen() ---     |
+       +----------------------+-------------------------+
+                              | _close()
+                           CLOSING ---- _drain() --> DRAINING
+                              | _forget()               | _forget()
+                              +--------> CLOSED <-------+
 
-        OPEN        reads, answers         _pause() -> PAUSED, _deliver() -> DELIVERING
-        PAUSED      the throttle's delay   _reopen() -> OPEN
-        DELIVERING  a delivery is pending  _reopen() -> OPEN
-        CLOSING     sends the last reply   from all of these by _close(), then _drain() -> DRAINING
-        DRAINING    drops further input
-        CLOSED                             from all by _forget(), when nothing is left to be done
+    From OPEN and PAUSED a client that has vanished goes to CLOSED at once.
     """
 
     def __init__(self, server: Server, reader: int, writer: int, sock: _socket.socket | None, client: str) -> None:
@@ -1796,7 +1791,7 @@ class Connection(Task):
     def expire(self) -> None:
         if self._phase == OPEN:
             self.log("warning" if self._session.in_transaction else "info", "client timed out")
-            self._say_goodbye(TIMED_OUT)
+            self._close(TIMED_OUT)
         elif self._phase == PAUSED:
             self._reopen()
         else:
@@ -1826,27 +1821,24 @@ class Connection(Task):
         """End a session because the server stops: before its next mail, or `now`, but for a delivery."""
         busy = self._session.in_transaction or (self._actions and len(self._replies) <= REPLY_BUFFER)
         if (self._phase == OPEN and (now or not busy)) or (self._phase == PAUSED and now):
-            self._say_goodbye(SHUTTING_DOWN)
+            self._close(SHUTTING_DOWN)
 
     def crash(self) -> None:
         if self._phase != CLOSED:
             try:
-                self._say_goodbye(INTERNAL_ERROR)
+                self._close(INTERNAL_ERROR)
             except Exception:
                 self._forget()  # what has failed may be what this needs
                 raise
 
-    def _say_goodbye(self, reply: Reply) -> None:
-        self._close(reply, orderly=False)
-        self._flush()
-        self._watch()
-
-    def _close(self, last_reply: Reply, orderly: bool) -> None:
+    def _close(self, last_reply: Reply, orderly: bool = False) -> None:
         """Read nothing more, and send what is still to be said."""
         self._replies += last_reply
         self.orderly = orderly
         self._phase = CLOSING
         self._set_deadline(FLUSH_TIMEOUT)
+        self._flush()
+        self._watch()
 
     def _drain(self) -> None:
         """End our direction, and wait for the client's end unless it has said QUIT.
