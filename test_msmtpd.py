@@ -45,7 +45,7 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -2687,16 +2687,14 @@ def test_a_signal_ends_an_inetd_session_with_a_word() -> None:
 class World:
     """A server, its loop and its log in the hands of a test."""
 
-    def __init__(self, policy: msmtpd.Policy | None = None, command: str = "") -> None:
+    def __init__(self) -> None:
         self.now = 1000.0
         self.lines: list[str] = []
-        self.held: Any = HeldCommand()
+        self.held = HeldCommand()
         self.clients: list[Caller] = []
         self.selector = ImpatientSelector()
         self.loop = msmtpd.Loop(self.selector, msmtpd.Log(self), lambda: self.now)
-        real_or_held: Any = msmtpd.Command(command, os.environb) if command else self.held
-        throttle = msmtpd.Throttle()
-        self.server = msmtpd.Server(self.loop, self.loop._log, policy or msmtpd.Policy(), real_or_held, throttle)
+        self.server = msmtpd.Server(self.loop, self.loop._log, msmtpd.Policy(), self.held, msmtpd.Throttle())
 
     def write(self, level: str, text: str) -> None:
         """Be the sink of the log."""
@@ -2720,6 +2718,15 @@ class World:
         ours.setblocking(False)
         self.server.begin(ours.fileno(), ours.fileno(), ours, "127.0.0.1")
         return self._keep(Caller(self, theirs))
+
+    def deliver(self, command: str = "") -> tuple[Caller, msmtpd.Delivery]:
+        """Return a client whose mail is in the hands of a command, and the delivery."""
+        if command:
+            self.server.queue.command = msmtpd.Command(command, os.environb)
+        client = self.call()
+        assert client.say(HELO + mail_to("c@d")) == IN_DATA
+        (delivery,) = self.server.queue.running
+        return client, delivery
 
     def listen(self, sock: socket.socket | None = None) -> int:
         """Listen on loopback and return the port."""
@@ -2775,7 +2782,7 @@ class ImpatientSelector(selectors.DefaultSelector):
         return super().select(0)
 
 
-class HeldCommand:
+class HeldCommand(msmtpd.Command):
     """Stands in for Command: every process exits when the test says so, and how."""
 
     def __init__(self) -> None:
@@ -2784,7 +2791,7 @@ class HeldCommand:
         self.contents: list[bytes] = []  # of small mails
         self._writers: list[int] = []
 
-    def start(self, sender: bytes, recipients: list[bytes], stdin: int, output: int) -> int:
+    def start(self, sender: bytes, recipients: Sequence[bytes], stdin: int, output: int) -> int:
         reader, writer = os.pipe()
         pid = msmtpd.spawn("/bin/sh", [b"sh", b"-c", b"read status; exit $status"], {}, reader, output)
         os.close(reader)
@@ -2843,19 +2850,6 @@ def world() -> Iterator[World]:
     world = World()
     yield world
     world.close()
-
-
-@pytest.fixture
-def make_world() -> Iterator[Callable[..., World]]:
-    worlds: list[World] = []
-
-    def maker(**options: Any) -> World:
-        worlds.append(World(**options))
-        return worlds[-1]
-
-    yield maker
-    for world in worlds:
-        world.close()
 
 
 HELO = b"HELO x\r\n"
@@ -2922,8 +2916,7 @@ def test_busy_clients_stay_where_all_sessions_are_taken(world: World) -> None:
 def test_patience_is_short_after_a_long_delivery_too(world: World) -> None:
     """The deadline comes nearer when the delivery ends; nobody else sets the timer then."""
     world.server.admission.max_sessions = 1
-    client = world.call()
-    client.say(HELO + mail_to("c@d"))
+    client, _ = world.deliver()
     world.wait(100)
     world.end(0)
     assert client.hear() == [250]
@@ -3096,17 +3089,20 @@ def test_a_reader_of_a_pipe_that_is_late_gets_every_reply_as_well(world: World) 
     assert heard == msmtpd.GREETING + msmtpd.HELP * 5000 + msmtpd.BYE
 
 
-def test_a_session_that_has_ended_leaves_nothing_behind(world: World) -> None:
+@pytest.mark.parametrize("how", ["QUIT", "left"])
+def test_a_session_that_has_ended_leaves_nothing_behind(world: World, how: str) -> None:
     """Nor does it take the garbage collector to find that out."""
-    client = world.call()
-    client.say(HELO + mail_to("c@d"))
-    connection = weakref.ref(next(iter(world.server.connections)))
-    delivery = weakref.ref(next(iter(world.server.queue.running)))
+    client, delivery = world.deliver()
+    leftovers = [weakref.ref(delivery), weakref.ref(next(iter(world.server.connections)))]
+    del delivery
     gc.disable()
     try:
         world.end(0)
-        assert client.say(b"QUIT\r\n") == [250, 221]
-        assert connection() is None and delivery() is None
+        assert client.hear() == [250]
+        client.say(b"QUIT\r\n" if how == "QUIT" else b"x" * 3000)
+        client.sock.close()
+        world.turn()
+        assert [leftover() for leftover in leftovers] == [None, None]
     finally:
         gc.enable()
 
@@ -3139,24 +3135,12 @@ def test_a_client_that_leaves_in_the_middle_of_a_mail_is_logged(
 
 
 def test_a_client_that_talks_during_its_delivery_does_not_make_the_loop_spin(world: World) -> None:
-    client = world.call()
-    client.say(HELO + mail_to("c@d"))
+    client, _ = world.deliver()
     client.pump(b"NOOP\r\n")
     world.turn()
     assert world.selector.select() == []
     world.end(0)
     assert client.hear() == [250, 250]
-
-
-def test_a_session_that_has_ended_keeps_no_input(world: World) -> None:
-    """It is in a cycle of references: what it kept would stay until Python looks for those."""
-    client = world.call()
-    (connection,) = world.server.connections
-    client.say(HELO + b"x" * 3000)
-    assert len(connection._session._input) == 3000 + len(HELO)
-    client.sock.close()
-    world.turn()
-    assert not world.server.connections and connection._session._input == b""
 
 
 # Authentication
@@ -3165,8 +3149,8 @@ WRONG_AUTH = b"AUTH PLAIN " + b64(b"\0joe\0wrong").encode() + b"\r\n"
 RIGHT_AUTH = b"AUTH PLAIN " + b64(b"\0joe\0secret").encode() + b"\r\n"
 
 
-def test_an_outcome_of_auth_that_is_held_back_delays_nobody_else(make_world: Callable[..., World]) -> None:
-    world = make_world(policy=AUTH_POLICY)
+def test_an_outcome_of_auth_that_is_held_back_delays_nobody_else(world: World) -> None:
+    world.server.policy = AUTH_POLICY
     guesser, user, other = world.call(), world.call(), world.call()
     assert guesser.say(HELO + WRONG_AUTH) == [220, 250, 535]
     assert guesser.say(WRONG_AUTH + b"NOOP\r\n") == []
@@ -3178,9 +3162,9 @@ def test_an_outcome_of_auth_that_is_held_back_delays_nobody_else(make_world: Cal
     assert guesser.hear() == [535, 250] and user.hear() == [235, 250, 250]
 
 
-def test_a_pause_that_is_over_has_no_say_in_a_delivery(make_world: Callable[..., World]) -> None:
+def test_a_pause_that_is_over_has_no_say_in_a_delivery(world: World) -> None:
     """Its deadline must not be taken for one of the delivery: the client would lose its reply."""
-    world = make_world(policy=AUTH_POLICY)
+    world.server.policy = AUTH_POLICY
     guesser, user = world.call(), world.call()
     guesser.say(HELO + WRONG_AUTH)
     user.say(HELO + RIGHT_AUTH)
@@ -3265,11 +3249,8 @@ def test_a_mail_whose_turn_does_not_come_in_time_is_answered_while_the_client_is
 STUBBORN = """trap '' TERM; sh -c 'trap "" TERM; echo kept me; while :; do sleep 1; done' & wait; wait; :"""
 
 
-def test_a_command_that_takes_too_long_is_ended_with_all_it_has_started(make_world: Callable[..., World]) -> None:
-    world = make_world(command="sleep 1000 & sleep 1000; :")
-    client = world.call()
-    assert client.say(HELO + mail_to("c@d")) == IN_DATA
-    (delivery,) = world.server.queue.running
+def test_a_command_that_takes_too_long_is_ended_with_all_it_has_started(world: World) -> None:
+    client, delivery = world.deliver("sleep 1000 & sleep 1000; :")
     pid = delivery._pid
     world.wait(599)
     world.server.queue.reap()
@@ -3280,11 +3261,8 @@ def test_a_command_that_takes_too_long_is_ended_with_all_it_has_started(make_wor
     wait_until(lambda: not group_members(pid))
 
 
-def test_a_command_that_ignores_sigterm_is_killed_ten_seconds_later(make_world: Callable[..., World]) -> None:
-    world = make_world(command=STUBBORN)
-    client = world.call()
-    client.say(HELO + mail_to("c@d"))
-    (delivery,) = world.server.queue.running
+def test_a_command_that_ignores_sigterm_is_killed_ten_seconds_later(world: World) -> None:
+    client, delivery = world.deliver(STUBBORN)
     pid = delivery._pid
 
     def stubborn() -> bool:
@@ -3302,11 +3280,8 @@ def test_a_command_that_ignores_sigterm_is_killed_ten_seconds_later(make_world: 
     wait_until(lambda: not group_members(pid))
 
 
-def test_a_stopped_command_is_ended_by_its_time_limit_as_well(make_world: Callable[..., World]) -> None:
-    world = make_world(command="kill -STOP $$; :")
-    client, other = world.call(), world.call()
-    client.say(HELO + mail_to("c@d"))
-    (delivery,) = world.server.queue.running
+def test_a_stopped_command_is_ended_by_its_time_limit_as_well(world: World) -> None:
+    (client, delivery), other = world.deliver("kill -STOP $$; :"), world.call()
     pid = delivery._pid
     os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
     world.server.queue.reap()
@@ -3317,12 +3292,9 @@ def test_a_stopped_command_is_ended_by_its_time_limit_as_well(make_world: Callab
     assert client.hear() == [451]
 
 
-def test_the_reason_is_found_at_the_end_of_a_big_pipe(make_world: Callable[..., World]) -> None:
+def test_the_reason_is_found_at_the_end_of_a_big_pipe(world: World) -> None:
     """A pipe has 16 pages, which are not of 4 KiB everywhere."""
-    world = make_world(command="head -c 330000 /dev/zero | tr '\\0' x; echo; echo THE REASON; exit 75; :")
-    client = world.call()
-    client.say(HELO + mail_to("c@d"))
-    (delivery,) = world.server.queue.running
+    client, delivery = world.deliver("head -c 330000 /dev/zero | tr '\\0' x; echo; echo THE REASON; exit 75; :")
     set_pipe_size = 1031  # fcntl.F_SETPIPE_SZ, which Python 3.9 does not name
     assert delivery._output is not None
     fcntl.fcntl(delivery._output.writer, set_pipe_size, msmtpd.MAX_PIPE)
@@ -3330,11 +3302,8 @@ def test_the_reason_is_found_at_the_end_of_a_big_pipe(make_world: Callable[..., 
     assert client.read().endswith(b"451 4.3.0 THE REASON\r\n") and not world.server.queue.outputs.leftovers
 
 
-def test_what_a_command_has_printed_when_it_ends_is_no_leftover(make_world: Callable[..., World]) -> None:
-    world = make_world(command="echo because; exit 65; :")
-    client = world.call()
-    client.say(HELO + mail_to("c@d"))
-    (delivery,) = world.server.queue.running
+def test_what_a_command_has_printed_when_it_ends_is_no_leftover(world: World) -> None:
+    client, delivery = world.deliver("echo because; exit 65; :")
     os.waitid(os.P_PID, delivery._pid, os.WEXITED | os.WNOWAIT)
     world.server.queue.reap()
     assert not world.server.queue.outputs.leftovers
@@ -3342,11 +3311,8 @@ def test_what_a_command_has_printed_when_it_ends_is_no_leftover(make_world: Call
     assert client.read().endswith(b"554 5.3.0 because\r\n")
 
 
-def test_what_a_command_leaves_running_delays_nothing(make_world: Callable[..., World]) -> None:
-    world = make_world(command="echo started; sleep 1000 & exit 75; :")
-    client = world.call()
-    client.say(HELO + mail_to("c@d"))
-    (delivery,) = world.server.queue.running
+def test_what_a_command_leaves_running_delays_nothing(world: World) -> None:
+    client, delivery = world.deliver("echo started; sleep 1000 & exit 75; :")
     pid = delivery._pid
     world.reap(pid)
     reply = client.read()
@@ -3355,43 +3321,26 @@ def test_what_a_command_leaves_running_delays_nothing(make_world: Callable[..., 
     assert not zombies([pid])
 
 
-@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENOENT])
+@pytest.mark.parametrize("missing", ["pipe of the spool", "pipe of the output", "process"])
 def test_a_command_that_cannot_be_started_is_tried_again_later(
-    world: World, monkeypatch: pytest.MonkeyPatch, number: int
+    world: World, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
-    client = world.call()
+    client, before, working = world.call(), descriptors(), [True] * (missing == "pipe of the output")
+    error = fail_with(OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)))
     with monkeypatch.context() as patch:
-        patch.setattr(world.held, "start", fail_with(OSError(number, os.strerror(number))))
-        before = descriptors()
+        if missing == "process":
+            patch.setattr(world.held, "start", error)
+        else:
+            patch.setattr(os, "pipe", lambda pipe=os.pipe: pipe() if working and working.pop() else error())
         client.sock.sendall(HELO + mail_to("c@d"))
         world.turn()
         reply = client.read()
-        assert codes(reply) == [*IN_DATA, 451] and os.strerror(number).encode() in reply
-        assert descriptors() == before and not world.server.queue.running
-        assert world.logged("reply=451") == 1 and world.logged("unexpected") == 0
+    assert codes(reply) == [*IN_DATA, 451] and os.strerror(errno.EAGAIN).encode() in reply
+    assert descriptors() == before and not world.server.queue.running
+    assert world.logged("reply=451") == 1 and world.logged("unexpected") == 0
     client.say(mail_to("c@d"))
     world.end(0)
     assert client.hear()[-1] == 250
-
-
-def test_pipes_that_cannot_be_had_are_answered_likewise(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the spool, then for the output."""
-    client = world.call()
-    pipe, calls = os.pipe, []
-    for working in (0, 1):
-
-        def some_pipes(working: int = working) -> tuple[int, int]:
-            calls.append(working)
-            if len(calls) > working:
-                raise OSError(errno.EMFILE, "Too many open files")
-            return pipe()
-
-        with monkeypatch.context() as patch:
-            calls.clear()
-            patch.setattr(os, "pipe", some_pipes)
-            before = descriptors()
-            assert client.say((HELO if not working else b"") + mail_to("c@d"))[-1] == 451
-            assert descriptors() == before
 
 
 # Resources
@@ -3669,8 +3618,8 @@ def test_a_stop_ends_open_transactions_after_a_minute(world: World) -> None:
     assert not world.held.pids
 
 
-def test_a_stop_during_a_pause_gives_the_outcome_first(make_world: Callable[..., World]) -> None:
-    world = make_world(policy=AUTH_POLICY)
+def test_a_stop_during_a_pause_gives_the_outcome_first(world: World) -> None:
+    world.server.policy = AUTH_POLICY
     client = world.call()
     assert client.say(HELO + WRONG_AUTH + WRONG_AUTH) == [220, 250, 535]
     world.server.stop()
