@@ -3326,12 +3326,12 @@ def test_a_command_that_cannot_be_started_is_tried_again_later(
     world: World, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     client, before, working = world.call(), descriptors(), [True] * (missing == "pipe of the output")
-    error = fail_with(OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)))
+    error, pipe = fail_with(OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))), os.pipe
     with monkeypatch.context() as patch:
         if missing == "process":
             patch.setattr(world.held, "start", error)
         else:
-            patch.setattr(os, "pipe", lambda pipe=os.pipe: pipe() if working and working.pop() else error())
+            patch.setattr(os, "pipe", lambda: pipe() if working and working.pop() else error())
         client.sock.sendall(HELO + mail_to("c@d"))
         world.turn()
         reply = client.read()
