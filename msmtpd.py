@@ -176,11 +176,11 @@ class Refused(Exception):
 # raise Refused.  They are no grammar police (msmtp and the next server judge
 # addresses), but a second line of defence behind Command: no octet that a shell
 # could take for a separator, a variable, a command or a redirection ever gets
-# through.  Where the command is known to have its arguments parsed once more,
-# those that glob, quote or expand are refused as well: is_plain().
+# through.  Where one is parsed all the same, is_plain() leaves those that mean
+# themselves to a shell, and nothing to a program of sed.
 
-_PLAIN = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789.@_+-/=%,:"
-_ALLOWED = _PLAIN + b"#!'*?^{}~[]"
+_PLAIN = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789@._+-="
+_ALLOWED = _PLAIN + b"/%,:#!'*?^{}~[]"
 _NON_ASCII = bytes(range(128, 256))
 
 
@@ -232,8 +232,8 @@ def check_address(address: bytes, utf8: bool) -> None:
 
 
 def is_plain(address: bytes) -> bool:
-    """Tell whether an address means itself to a shell that parses it unquoted."""
-    return not address.translate(None, _PLAIN + _NON_ASCII)
+    """Tell whether an address means itself to a shell that parses it unquoted (zsh looks up ``=name``)."""
+    return not address.translate(None, _PLAIN + _NON_ASCII) and not address.startswith(b"=")
 
 
 def mail_parameters(parameters: bytes) -> tuple[int, bool]:
@@ -721,17 +721,17 @@ class Envelope:
 class Policy:
     """What every session of this process offers and accepts."""
 
-    __slots__ = ("credentials", "ehlo_reply", "max_size", "plain_addresses")
+    __slots__ = ("credentials", "ehlo_reply", "max_size", "takes")
 
     def __init__(
         self,
         max_size: int = MAX_MAIL_SIZE,
         credentials: Credentials | None = None,
-        plain_addresses: bool = False,
+        takes: Callable[[bytes, bool], bool] = lambda address, is_sender: True,
     ) -> None:
         self.max_size = max_size
         self.credentials = credentials
-        self.plain_addresses = plain_addresses  # see Command
+        self.takes = takes  # Command.takes
         offers = [b"localhost", b"PIPELINING", b"SIZE %d" % max_size, b"8BITMIME", b"SMTPUTF8"]
         if credentials:
             offers.append(b"AUTH " + b" ".join(credentials.mechanisms))
@@ -913,7 +913,7 @@ class Session:
         path, parameters = split_path(argument, b"FROM:", SENDER_SYNTAX)
         size, utf8 = mail_parameters(parameters)
         if path:
-            self._check_address(path, utf8)
+            self._check_address(path, utf8, is_sender=True)
         if size > self._policy.max_size:
             raise Refused(MAIL_TOO_BIG)
         self.envelope = Envelope(path, utf8)
@@ -923,7 +923,7 @@ class Session:
         assert self.envelope is not None
         self.envelope.tried = True
         path, parameters = split_path(argument, b"TO:", RECIPIENT_SYNTAX)
-        self._check_address(path, self.envelope.utf8)
+        self._check_address(path, self.envelope.utf8, is_sender=False)
         if parameters:
             raise Refused(UNKNOWN_PARAMETER)
         if len(self.envelope.recipients) >= MAX_RECIPIENTS:
@@ -931,9 +931,9 @@ class Session:
         self.envelope.recipients.append(path)
         return [RECIPIENT_OK]
 
-    def _check_address(self, path: bytes, utf8: bool) -> None:
+    def _check_address(self, path: bytes, utf8: bool, is_sender: bool) -> None:
         check_address(path, utf8)
-        if self._policy.plain_addresses and not is_plain(path):
+        if not self._policy.takes(path, is_sender):
             raise Refused(NOT_FOR_COMMAND)
 
     def _start_data(self, argument: bytes) -> list[Action]:
@@ -1039,26 +1039,45 @@ VERBS: Mapping[bytes, tuple[Effect, tuple[Condition, ...]]] = {
 
 # ---- Delivery --------------------------------------------------------------
 #
-# The text of --command is a shell command, but no address is ever parsed by
-# the shell: the recipients reach it as "$@" behind the text, and the first %F
-# becomes a reference to the variable MSMTPD_SENDER, quoted for where it stands.
-# A text without shell syntax runs without the shell, which means the same and
-# is three times as fast; make and Perl do likewise.
+# The text of --command is a shell command, in which an address must be nothing but
+# itself.  That is left to no parser of shell syntax, which could only be wrong:
 #
-# The command runs in a session of its own with the spool as descriptor 0 and a
-# pipe to us as 1 and 2; no other descriptor, no ignored or blocked signal.
-# What its exit status means to the client is in judge().
+# 1. %F stands free if no quote, backquote, "$(" or "<<" is before it and its word
+#    is just %F, '%F' or "%F", or that behind -f, --name= or name=.  It becomes a
+#    quoted reference to MSMTPD_SENDER, which no shell parses.
+# 2. Anywhere else the sender is put in as text and must be plain.  That means itself
+#    in every quoting, here-document, comment and shell, and does nothing in a program
+#    of sed or perl as long as it has none of their delimiters, as + in s+x+%F+.
+# 3. The recipients are "$@" behind the text.  They and the sender must be plain if
+#    something may parse the arguments once more: a shell, ssh, xargs, ..., or $x.
+#
+# So no shell parses an address that is not plain.  Nothing helps who writes $x for
+# "$x" where that is the sender by set -- %F, or with an IFS of his own.
+#
+# A text without shell syntax runs without the shell, which means the same and is
+# three times as fast.  Each command runs in a session of its own with the spool as
+# descriptor 0 and a pipe to us as 1 and 2; no other descriptor, no ignored or blocked
+# signal.  What its exit status means to the client is in judge().
 
 _SIGNALS = {number for number in signal.valid_signals() if number < 32} - {signal.SIGKILL, signal.SIGSTOP}
-_NO_SHELL_SYNTAX = _PLAIN + b" \t"
-_PUNCTUATION_TO_BLANKS = bytes.maketrans(b"|&;(){}\"'`", b" " * 10)
-_REPARSERS = (b"eval", b"rsh", b"runuser", b"ssh", b"su")
+_NO_SHELL_SYNTAX = _PLAIN + b"/%,: \t"
+_TO_BLANKS = bytes.maketrans(b"\n|&;()<>`{}", b" " * 11)
+_PARSERS = b"""busybox dbclient eval find ksh93 make msmtpq msmtp-enqueue.sh parallel plink runuser sem sg slogin
+    sshpass su watch xargs""".split()  # and whatever ends in "sh"
+_REFERENCE = b'"$MSMTPD_SENDER"'
+
+# Regular expressions.  _NOTHING is what may be before the word that names a program.
+_PREFIXES = b"if|then|elif|else|while|until|do|time|exec|command|builtin|eval|env|nohup|nice|setsid|timeout|sudo|xargs"
+_VALUE = rb"""(?:[^\s;&|<>()'"`\\]|\\.|'[^']*'|"(?:[^"\\]|\\.)*"|`[^`]*`|\$\((?:[^()]|\([^()]*\))*\))*"""
+_NOTHING = rb"\w+\+?=%s|\d*[<>]+[&|-]?\s*%s|-[^\s;&|]*|[\d.]+[smhd]?|[!{]|(?:\S*/)?(?:%s)" % (_VALUE, _VALUE, _PREFIXES)
+_NOTHING = rb"(?:\s*(?:%s)(?![^\s;&|()<>]))*\s*" % _NOTHING
+_BAD_END = rb"(?:\A|(?<![\\<>])(?:\\\\)*[;&|\n])%s\Z|<<-?\s*\W?(\w+)(?s:.*)\n\t*\1\Z" % _NOTHING
+_VARIABLE = rb"""(?:\A|(?<!>)&|[;|\n(){`])%s["']*\$""" % _NOTHING
+_HANDLE = rb"""(?:-\w|-+[\w-]+=|\w+=(?=(?:[^$]|(?<=")\$)*\Z))?"""  # no unquoted $ may come behind name=
+_FREE = rb"""((?:(?!\$\(|<<|%%F)[^'"`])*(?<![^\s|&;()<>{}])%s)(['"]?)%%F\2(?![^\s|&;()<>{}])""" % _HANDLE
 
 EXIT_NAMES = {status: name for name, status in vars(os).items() if name.startswith("EX_")}
-TEMPORARY = (os.EX_NOHOST, os.EX_UNAVAILABLE, os.EX_OSERR, os.EX_TEMPFAIL)
-
-# How %F reads where it stands bare, in '...' and in "...".
-_REFERENCES = {b"": b'"$MSMTPD_SENDER"', b"'": b"'\"$MSMTPD_SENDER\"'", b'"': b"${MSMTPD_SENDER}"}
+TEMPORARY = (os.EX_NOHOST, os.EX_UNAVAILABLE, os.EX_OSERR, os.EX_CANTCREAT, os.EX_IOERR, os.EX_TEMPFAIL)
 
 
 class StartupError(Exception):
@@ -1066,39 +1085,42 @@ class StartupError(Exception):
 
 
 class Command:
-    """The text of --command, made ready to run.
-
-    `reparses` tells that an address may become part of a text that is parsed
-    once more: %F stands in a quoted string with blanks, most likely a script
-    for another shell (sh -c '... %F ...'), or the command is one that passes
-    its arguments to a shell.  Only addresses that mean nothing to a shell will
-    do then: Policy.plain_addresses.  Raises StartupError where %F stands in a
-    place whose quoting we cannot tell.
-    """
+    """The text of --command, made ready to run.  Raises StartupError where it leaves no place for recipients."""
 
     def __init__(self, text: str, environment: Mapping[bytes, bytes]) -> None:
         self._environment = dict(environment)
-        command = os.fsencode(text.rstrip())
+        self._text = command = os.fsencode(text.rstrip())
         if not command:
             raise StartupError("--command is empty; see --help")
-        if command[-1:] in (b";", b"&", b"|") and command[-2:-1] != b"\\":
-            end = command[-1:].decode()
-            raise StartupError(f'the recipients would be a command behind the "{end}" of --command; end it in "&& :"')
-        self._words = command.split()
-        self._plain = not command.translate(None, _NO_SHELL_SYNTAX) and b"=" not in self._words[0]
-        self._program = find_program(os.fsdecode(self._words[0])) if self._plain else None
+        words = command.split()
+        names = [word.rpartition(b"/")[2] for word in command.translate(_TO_BLANKS, b"'\"\\").split()]
+        self._direct = not command.translate(None, _NO_SHELL_SYNTAX) and b"=" not in words[0]
+        self._parsed = any(name in _PARSERS or (name[-2:] == b"sh" and b"." not in name) for name in names)
+        script = command + b' "$@"'
+        self._script = [script.replace(b"%F", _REFERENCE, 1)]  # the sender comes between its parts
+        if self._direct and words.count(b"%F") == command.count(b"%F") and names[0] not in _PREFIXES.split(b"|"):
+            return  # what is clear without re, which takes 7 ms to import
 
-        before, found, after = command.partition(b"%F")
-        quote, opened = open_quote(before)
-        nested = before.count(b"$(") > before.count(b")") or before.count(b"`") % 2
-        if found and (b"<<" in before or (nested and b'"' in before)):
-            raise StartupError('%F stands in a here-document or a quoted substitution; use "$MSMTPD_SENDER" there')
-        self.script = b"%s%s%s" % (before, _REFERENCES[quote] if found else b"", after) + b' "$@"'
+        import re
 
-        quoted = (before[opened:] + after.partition(quote)[0]) if quote else b""
-        self.reparses = bool(found) and any(blank in quoted for blank in b" \t\n")
-        words = command.translate(_PUNCTUATION_TO_BLANKS).split()
-        self.reparses |= any(os.path.basename(word) in _REPARSERS for word in words)
+        if re.search(_BAD_END, command):
+            reason = "behind the end of --command the recipients would be a command or input"
+            raise StartupError(reason + '; end it in "&& :", below a here-document in ":"')
+        self._parsed |= bool(re.search(_VARIABLE, command))
+        free = re.match(_FREE, script)
+        self._script = [free[1] + _REFERENCE + script[free.end() :]] if free else script.split(b"%F", 1)
+
+    def takes(self, address: bytes, is_sender: bool) -> bool:
+        """Tell whether the command can be given an address."""
+        if not is_sender or len(self._script) == 1:
+            return not self._parsed or is_plain(address)
+        before, after = self._script
+        operated = {mark for operator, mark in zip(before, before[1:]) if operator in b"symqrw%"}  # s+, tr., %w=
+        delimiters = operated & set(before[-1:] + after[:1] + b"+") & set(b"@._+-=")
+        # Without an @ it could end a here-document or a case, or be the 2 of 2>.
+        keyword = (b"<<" in self._text or b"case" in self._text) and address in self._text
+        syntax = b"@" not in address and (keyword or address.isdigit())
+        return is_plain(address) and not syntax and not delimiters.intersection(address)
 
     def start(self, sender: bytes, recipients: Sequence[bytes], stdin: int, output: int) -> int:
         """Start the command for one mail and return its process id.
@@ -1107,79 +1129,48 @@ class Command:
         """
         sender = sender or b"MAILER-DAEMON"
         environment = {**self._environment, b"MSMTPD_SENDER": sender}
-        if self._program is not None:
+        if self._direct:
             try:
-                return spawn(self._program, self._arguments(sender, recipients), environment, stdin, output)
-            except OSError as error:
-                if error.errno != errno.ENOEXEC:  # a script without #! is for the shell
+                words = self._text.replace(b"%F", sender, 1).split()
+                return spawn([*words, *recipients], environment, stdin, output)
+            except OSError as error:  # a builtin, a script without #!, or missing: for the shell
+                if error.errno not in (errno.ENOENT, errno.EACCES, errno.ENOEXEC):
                     raise
-        return spawn("/bin/sh", [b"sh", b"-c", self.script, b"sh", *recipients], environment, stdin, output)
+        return spawn([b"/bin/sh", b"-c", sender.join(self._script), b"sh", *recipients], environment, stdin, output)
 
     def check(self) -> str:
         """Let the shell read a command that it will have to run; return a warning, or nothing.
 
         Raises StartupError where it cannot be read.
         """
-        if self._program is not None:
+        name, *rest = os.fsdecode(self._text).split()
+        if os.path.basename(name) == "setsid" and not {"-w", "--wait"}.intersection(rest):
+            return "setsid does not wait for its command, whose failure nobody will see; use setsid --wait"
+        if self._direct and any(os.access(os.path.join(place, name), os.X_OK) for place in os.get_exec_path()):
             return ""
         import subprocess
 
-        check = subprocess.run(["/bin/sh", "-n", "-c", self.script], stderr=subprocess.PIPE, check=False)
+        check = subprocess.run(["/bin/sh", "-n", "-c", b"a@b".join(self._script)], stderr=subprocess.PIPE, check=False)
         if check.returncode:
             reason = " ".join(last_lines(check.stderr, utf8=False))
             raise StartupError(f"--command is no valid shell command: {reason}")
-        name = os.fsdecode(self._words[0])
         search = ["/bin/sh", "-c", 'command -v "$1"', "sh", name]  # it may be a builtin
-        if self._plain and subprocess.run(search, stdout=subprocess.DEVNULL, check=False).returncode:
+        if self._direct and subprocess.run(search, stdout=subprocess.DEVNULL, check=False).returncode:
             return f"there is no command {name}; mails are refused with 451 until there is"
         return ""
 
-    def _arguments(self, sender: bytes, recipients: Sequence[bytes]) -> list[bytes]:
-        arguments = self._words + list(recipients)
-        for index, word in enumerate(self._words):
-            if b"%F" in word:
-                arguments[index] = word.replace(b"%F", sender, 1)
-                break
-        return arguments
 
-
-def open_quote(script: bytes) -> tuple[bytes, int]:
-    """Return the shell quote that is open at the end of `script`, and where it began."""
-    quote, opened, escaped = b"", 0, False
-    for index in range(len(script)):
-        character = script[index : index + 1]
-        if escaped:
-            escaped = False
-        elif character == b"\\" and quote != b"'":
-            escaped = True
-        elif quote:
-            quote = b"" if character == quote else quote
-        elif character in (b"'", b'"'):
-            quote, opened = character, index
-    return quote, opened
-
-
-def find_program(name: str) -> str | None:
-    """Find a program as execvp(3) would, but None where there is none."""
-    directories = [""] if "/" in name else os.get_exec_path()
-    for directory in directories:
-        path = os.path.join(directory, name)
-        if os.path.isfile(path) and os.access(path, os.X_OK):
-            return path
-    return None
-
-
-def spawn(program: str, arguments: list[bytes], environment: Mapping[bytes, bytes], stdin: int, output: int) -> int:
+def spawn(arguments: list[bytes], environment: Mapping[bytes, bytes], stdin: int, output: int) -> int:
     """Start a process in a session of its own, with all signals as they are by default."""
     try:
         actions = [(os.POSIX_SPAWN_DUP2, *pair) for pair in ((stdin, 0), (output, 1), (output, 2))]
         options: Any = {"file_actions": actions, "setsigmask": (), "setsigdef": _SIGNALS, "setsid": True}
-        return os.posix_spawn(program, arguments, environment, **options)
+        return os.posix_spawnp(arguments[0], arguments, environment, **options)
     except (AttributeError, NotImplementedError):  # PyPy has none, and that of the BSDs makes no session
         import subprocess
     popen: Any = {"stdin": stdin, "stdout": output, "stderr": output, "start_new_session": True}
     popen["preexec_fn"] = lambda: [signal.signal(number, signal.SIG_DFL) for number in _SIGNALS]
-    child = subprocess.Popen(arguments, executable=program, env=environment, **popen)
+    child = subprocess.Popen(arguments, env=environment, **popen)
     child.returncode = 0  # it is ours to wait for, not that module's
     return child.pid
 
@@ -2672,7 +2663,7 @@ def build_server(options: Options) -> Server:
     if user:
         credentials = Credentials(user, get_password(user, password_command, options.inetd))
     command = Command(options.command, command_environment())
-    policy = Policy(options.max_size, credentials, plain_addresses=command.reparses)
+    policy = Policy(options.max_size, credentials, command.takes)
     if options.inetd:
         selector: Selector = SmallSelector()
     else:

@@ -1171,9 +1171,9 @@ def test_what_is_not_smtp_is_closed_at_once_without_a_word(octets: str) -> None:
 
 
 def test_addresses_that_the_command_cannot_take_are_refused() -> None:
-    text = "HELO\nC: MAIL FROM:<o'brien@x> -> 553 5.1.7 ...\nC: MAIL FROM:<*@x> -> 553 5.1.7 ...\n"
-    text += "C: MAIL FROM:<o.brien+1@x> -> 250 2.1.0 Ok\nC: RCPT TO:<o'brien@x> -> 553 5.1.7 ..."
-    play(text, msmtpd.Policy(plain_addresses=True))
+    text = "HELO\nC: MAIL FROM:<r@x> -> 553 5.1.7 ...\nC: MAIL FROM:<s@x> -> 250 2.1.0 Ok\n"
+    text += "C: RCPT TO:<s@x> -> 553 5.1.7 ...\nC: RCPT TO:<r@x> -> 250 2.1.5 Ok"
+    play(text, msmtpd.Policy(takes=lambda address, is_sender: (address == b"s@x") == is_sender))
 
 
 def test_every_verb_at_every_point_of_a_session_gets_a_reply() -> None:
@@ -1317,22 +1317,98 @@ def test_command_line(text: str, expected: str) -> None:
     assert Run(text.replace("%%", "%"), "a@b", ("c@d", "e@f")).output == expected
 
 
-UNCLEAR = ['echo "$(printf %s %F)"', 'echo "$(printf %s "%F")"', 'echo $(printf %s "%F")', "echo \"`printf '%F'`\""]
-UNCLEAR += ["cat <<EOF\n%F\nEOF\n"]
+def takes(text: str, address: str) -> str:
+    command = msmtpd.Command(text, {})
+    return "".join("-+"[command.takes(address.encode(), is_sender)] for is_sender in (True, False))
 
 
-@pytest.mark.parametrize("text", UNCLEAR)
-def test_a_sender_in_a_place_with_unclear_quoting_is_refused_at_the_start(text: str) -> None:
-    with pytest.raises(msmtpd.StartupError):
+def commands(text: str) -> list[str]:
+    """Split a table of commands, which have three blanks or a line end between them."""
+    return [command.replace(r"\n", "\n") for command in re.split(r"\s{3,}", text.strip())]
+
+
+RULES = [  # commands, and whether their sender and their recipients may be any address (+) or must be plain (-)
+    # rule 1
+    ("++", """
+        msmtp -f %F --   msmtp -f '%F' --   msmtp -f "%F" --   msmtp --from=%F --   msmtp -f%F --   rec -x=%F
+        FROM=%F rec   x=%F; rec "$x"   (rec %F); :   rec %F>log   rec $x \\; %F 'a b'   case %F in a) b;; esac; :
+        env x='%F' rec   cat > $f && rec %F   rec %F `date` it\\'s   /usr/bin/rec --x-y=%F   # a\\nrec %F"""),
+    # rule 2
+    ("-+", """
+        rec x%F   rec %Fx   rec a/%F   rec a=b=%F   rec a,%F   rec \\%F   rec '%F   rec \\'%F'   rec '--from=%F'
+        sed s/@SENDER@/%F/ > mails && :   mail -s 'from %F' --   logger "from %F"; msmtp --   cat > box/%F && :
+        # don't touch\\nmsmtp -f %F --   rec $'it\\'s' %F   rec "$(x "it's")" %F   rec "\\%F"   rec "$%F"
+        x="$(rec %F)"; rec "$x"   rec $(echo %F)   rec `echo %F`   rec $((1<<2)) %F   rec -o "<<mail>>" %F
+        x=%F; rec $x   rec <<EOF && :\\n%F\\nEOF\\n:   rec %%F   rec ${x:-%F}"""),
+    # rule 3
+    ("--", """
+        bash -c 'msmtp -f '"%F"' -- "$@"' bash   bash -c "rec $*" && :   bash -c 'cat>box/%F' sh && :
+        msmtpq -f %F --   parallel -j1 msmtp -f %F -- :::   rec | xargs -I{} rec {}   /usr/bin/ssh host msmtp --
+        slogin h rec   autossh h rec   dbclient h rec   su joe -c rec   S=x; $S h rec %F   timeout 5 "$S" h rec
+        timeout 5 ssh h   env A=1 ssh h   >log ssh h   s\\sh h   "ssh" h   (ssh h) && :   rec|ssh h   eval rec %F
+        msmtp-enqueue.sh -f %F   x=$($S h); rec   { ${S} h; } && :   if $S h; then rec   env "ssh h" rec"""),
+    # none of them
+    ("++", """
+        cat > $f && echo > $f.to   deliver.sh   rec -C $HOME/x --   awk '{print $1}' | rec   rec >&2 2>> "$log" $x"""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("expected, texts", RULES)
+def test_who_may_be_any_address_and_who_must_be_plain(expected: str, texts: str) -> None:
+    for text in commands(texts):
+        assert {takes(text, address) for address in HOSTILE if address != "a=b@x"} == {expected}, text
+        for address in ("a@b", "root", "a.b_c+d-e@x-y.example.org", "ü@x"):
+            assert takes(text, address) == "++", (text, address)
+
+
+NOT_AS_TEXT = [  # a command that has the sender as text, and plain ones that it cannot have
+    ("sed s+X+%F+", "a+e@x"),
+    ("sed 's+X+ %F +'", "a+w@x"),
+    ("sed -es-X-%F-", "a-e@x"),
+    ("sed /x/Is.X.%F.", "a@x.y"),
+    ("sed s@X@%F@", "a@e"),
+    ("perl -ne 'print q=%F='", "a=b@x"),
+    ("ruby -e 'puts %w_%F_'", "a_b@x"),
+    ("rec <<EOF && :\n%F\nEOF\n:", "EOF"),
+    ("rec <<'E'OF && :\n%F\nEOF\n:", "EOF"),
+    ('case "$x" in a) rec;; %F) rec;; esac; :', "esac"),
+    ('rec "x" %F>log', "2"),
+    ("rec x%F", "=a@x"),
+]
+
+
+@pytest.mark.parametrize("text, address", NOT_AS_TEXT)
+def test_plain_addresses_that_would_be_more_than_text(text: str, address: str) -> None:
+    assert takes(text, address)[0] == "-" and takes(text, "user1@example")[0] == "-+"["s@" not in text]
+
+
+BAD_ENDS = """
+    rec;   rec &   rec |   rec \\\\;   rec &&   rec; rc=$?   rec; >> log   rec\\nA=2   rec; A='b c' 2>x   rec; x=$(y; z)
+    x="$(rec %F)"   rec; !   exec   rec; exec >x   if a; then   env -i A=1   nice -n 5   rec | xargs -n 1   /bin/sudo -n
+    timeout 1.5m   cat <<EOF\\n%F\\nEOF   cat <<- 'E' && rec\\nx\\n\tE   rec &> log"""
+GOOD_ENDS = """
+    rec \\;   rec ';'   rec "a; b=1"   rec > log 2>&1   rec >| log   nice -n 5 rec   sudo -n -- rec   7z x   rec # x;y
+    cat <<EOF && rec\\nx\\nEOF\\n:   exec 3>&1; rec 5   ! rec   a=b exec rec   rec $(date)   rec ${x}"""
+
+
+def test_recipients_are_not_run_as_a_command() -> None:
+    for text in commands(BAD_ENDS):
+        with pytest.raises(msmtpd.StartupError, match="would be a command or input"):
+            msmtpd.Command(text, {})
+    for text in commands(GOOD_ENDS):
         msmtpd.Command(text, {})
-    assert Run(text.replace("%F", "$MSMTPD_SENDER").replace("'", "") + ":").output.startswith("a@b")
 
 
-def test_a_shell_runs_only_where_it_is_needed() -> None:
-    direct = ["cat", f"{PRINTF} %s %F", "/bin/cat", "cat --x=%F a:b,c"]
-    shell = ["cat > x", "cat; echo", "a | b", "'cat'", "exec cat", "no-such-program", "X=1 cat", "~/cat", "cat $X"]
-    commands = {text: msmtpd.Command(text, {}) for text in (*direct, *shell, "./nothing", "/tmp")}
-    assert [text for text, command in commands.items() if command._program] == direct
+def test_a_shell_runs_only_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program reads the same from both, but for $0 and the parent's name."""
+    started: list[bytes] = []
+    monkeypatch.setattr(msmtpd, "spawn", lambda arguments, *_: started.append(arguments[0]))
+    for text in ("cat", f"{PRINTF} %s %F", "/bin/cat", "cat --x=%F a:b,c"):
+        msmtpd.Command(text, {}).start(b"a@b", [b"c@d"], 0, 1)
+    assert started == [b"cat", PRINTF.encode(), b"/bin/cat", b"cat"]
+    for text in ("cat > x", "cat; echo", "a | b", "'cat'", "X=1 cat", "~/cat", "cat $X"):
+        msmtpd.Command(text, {}).start(b"a@b", [b"c@d"], 0, 1)
+    assert set(started[4:]) == {b"/bin/sh"}
 
 
 @pytest.mark.parametrize("address", HOSTILE)
@@ -1341,35 +1417,8 @@ def test_hostile_addresses_arrive_as_they_are(address: str, tmp_path: Path, monk
     for name in ("a@x", "x", "y@z", "b@x"):  # what a glob could find
         (tmp_path / name).touch()
     for text in (f"{PRINTF} %s, %F", "printf '%s,' %F", "printf '%s,' \"%F\"", "printf '%s,' '%F'"):
-        assert Run(text, address, (address, "c@d")).output == f"{address},{address},c@d,"
-        assert not msmtpd.Command(text, {}).reparses
-
-
-REPARSED = [  # command, whether %F is part of a text that looks like a script
-    ("sh -c 'msmtp -f %F --'", True),
-    ('sh -c "msmtp -f %F --"', True),
-    ("sh -c 'cat\n%F'", True),
-    ("msmtp -f '%F' --", False),
-    ('msmtp -f "%F" --', False),
-    ("msmtp '--from=%F' 'a b'", False),
-    ("msmtp 'a b' %F", False),
-    ("sh -c 'a b'", False),
-    ("ssh host msmtp -f %F --", True),
-    ("/usr/bin/ssh host msmtp --", True),
-    ("eval msmtp -f %F --", True),
-    ("su joe -c 'msmtp'", True),
-    ("cat|ssh host msmtp -f x --", True),
-    ("(ssh host msmtp --) && :", True),
-    ('"ssh" host msmtp --', True),
-    ("msmtp --host=ssh", False),
-]
-
-
-@pytest.mark.parametrize("text, reparsed", REPARSED)
-def test_a_script_in_quotes_takes_only_addresses_that_mean_nothing_to_a_shell(text: str, reparsed: bool) -> None:
-    assert msmtpd.Command(text, {}).reparses is reparsed
-    for address in HOSTILE:
-        assert msmtpd.is_plain(address.encode()) == (not set(address) & set("'*?{}~#![]^"))
+        if takes(text, address) == "++":
+            assert Run(text, address, (address, "c@d")).output == f"{address},{address},c@d,"
 
 
 def test_the_null_sender_is_mailer_daemon_for_the_command() -> None:
@@ -1380,7 +1429,7 @@ def test_the_null_sender_is_mailer_daemon_for_the_command() -> None:
 @pytest.fixture(params=["as it is", "makes no session", "missing"])
 def posix_spawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What this system has, what the BSDs have, what PyPy has."""
-    real = os.posix_spawn
+    real = os.posix_spawnp
 
     def without_sessions(*arguments: Any, setsid: bool = False, **options: Any) -> int:
         if setsid:
@@ -1388,9 +1437,9 @@ def posix_spawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         return real(*arguments, **options)
 
     if request.param == "makes no session":
-        monkeypatch.setattr(os, "posix_spawn", without_sessions)
+        monkeypatch.setattr(os, "posix_spawnp", without_sessions)
     elif request.param == "missing":
-        monkeypatch.delattr(os, "posix_spawn")
+        monkeypatch.delattr(os, "posix_spawnp")
 
 
 def test_the_command_gets_its_input_and_a_clean_place_to_run_in(posix_spawn: None) -> None:
@@ -1417,18 +1466,22 @@ def test_a_script_without_interpreter_line_is_run_by_the_shell(posix_spawn: None
     assert Run(f"{program} %F").output == "ran a@b c@d\n"
 
 
-def test_a_program_that_has_gone_since_the_start_is_an_error(posix_spawn: None, tmp_path: Path) -> None:
-    program = tmp_path / "program"
-    program.write_text("#!/bin/sh\n")
-    program.chmod(0o755)
-    command = msmtpd.Command(str(program), {})
-    program.unlink()
-    with pytest.raises(FileNotFoundError):
-        command.start(b"a@b", [b"c@d"], 0, 1)
+def test_a_program_that_is_not_there_is_for_the_shell_to_judge(posix_spawn: None) -> None:
+    assert [Run(text).status for text in ("/nonexistent/program %F", "exit 3", "/etc/passwd")] == [127, 3, 126]
 
 
 JUDGED = [(0, "250"), (1, "554"), (2, "554"), (64, "554"), (65, "554"), (67, "554"), (68, "451"), (69, "451")]
-JUDGED += [(70, "554"), (71, "451"), (72, "554"), (74, "554"), (75, "451"), (76, "554"), (77, "554"), (78, "554")]
+JUDGED += [
+    (70, "554"),
+    (71, "451"),
+    (72, "554"),
+    (73, "451"),
+    (74, "451"),
+    (75, "451"),
+    (76, "554"),
+    (77, "554"),
+    (78, "554"),
+]
 JUDGED += [(125, "554"), (126, "451"), (127, "451"), (128, "554"), (129, "451"), (143, "451"), (159, "451")]
 JUDGED += [(160, "554"), (255, "554"), (-9, "451"), (-15, "451")]
 
@@ -1746,10 +1799,7 @@ REJECTED = [  # command line, what the message says
     (["--command=cat 'x"], "--command is no valid shell command: "),
     (["--command=if %F"], "--command is no valid shell command: "),
     (["--command= "], "--command is empty"),
-    (["--command=cat >> mails;"], 'would be a command behind the ";" of --command; end it in "&& :"'),
-    (["--command=cat | cat &\n"], 'would be a command behind the "&" of --command; end it in "&& :"'),
-    (["--command=cat |"], 'would be a command behind the "|" of --command; end it in "&& :"'),
-    (['--command=: "$(: %F)"'], "%F stands in a here-document or a quoted substitution; use"),
+    (["--command=cat >> mails;"], 'the recipients would be a command or input; end it in "&& :"'),
 ]
 
 
@@ -2367,8 +2417,21 @@ def test_it_runs_under_any_name_read_only_and_without_a_trace(tmp_path: Path) ->
 
 # Hostile addresses, through a process
 
-ODD = ["o'brien@x", "a'b'c@x", "*@x", "?@x", "[a-z]@x", "{a,b}@x", "a~root#b@x", "a!b^c@x"]  # to a shell, but delivered
-HARMLESS = ["%F@x", "%s%n@x", "x=1@x", "a:b,c@x"]
+# To a parser, but delivered where there is none:
+ODD = [
+    "o'brien@x",
+    "a'b'c@x",
+    "*@x",
+    "?@x",
+    "[a-z]@x",
+    "{a,b}@x",
+    "a~root#b@x",
+    "a!b^c@x",
+    "%F@x",
+    "%s%n@x",
+    "a:b,c/d@x",
+]
+HARMLESS = ["x=1@x", "a.b_c+d-e@x"]
 HARMFUL = ["$(touch x)@b", "`touch x`@b", "a;touch x", "a;x@b", "a|tee@b", "a&x@b", "a>x@b", "a<x@b", "(x)@b"]
 HARMFUL += ["$HOME@b", "${IFS}@b", '"a b"@c', 'a"b@c', "a b@c", "a\tb@c", "a\\b@c", "a\rb@c", "a\0b@c"]
 HARMFUL += ["a\ntouch x", "a\r\ntouch x", "-oQ@x", "--", "--help", "-", "~root@x", "#x@b"]
@@ -2734,7 +2797,7 @@ class HeldCommand(msmtpd.Command):
 
     def start(self, sender: bytes, recipients: Sequence[bytes], stdin: int, output: int) -> int:
         reader, writer = os.pipe()
-        pid = msmtpd.spawn("/bin/sh", [b"sh", b"-c", b"read status; exit $status"], {}, reader, output)
+        pid = msmtpd.spawn([b"/bin/sh", b"-c", b"read status; exit $status"], {}, reader, output)
         os.close(reader)
         self.pids.append(pid)
         self._writers.append(writer)
@@ -4291,7 +4354,10 @@ def statuses(text: str) -> list[int]:
 
 
 def test_replies_to_exit_statuses_in_the_manual() -> None:
-    table = {row[0]: row[1] for row in rows(section("THE COMMAND"))}
+    own, programs = section("THE COMMAND").split("Em Program")
+    table = {row[0]: row[1] for row in rows(own)}
+    for _, codes_, reply, *_ in rows(programs):
+        assert {msmtpd.judge(status)[0][:3].decode() for status in statuses(codes_)} == {reply}
     documented = dict.fromkeys(range(256), table["any other"])
     for text in table.keys() - {"Status", "any other", "signal", "time limit"}:
         documented.update(dict.fromkeys(statuses(text), table[text]))
