@@ -1634,6 +1634,15 @@ class Admission(Task):
             self._log.write("info", "clients no longer wait")
 
 
+def set_tcp(sock: _socket.socket | None, option: str) -> None:
+    """Set an option where the system has it and the socket is TCP."""
+    try:
+        if sock is not None:
+            sock.setsockopt(_socket.IPPROTO_TCP, getattr(_socket, option), 1)
+    except (AttributeError, OSError):
+        pass
+
+
 # The phases of a connection
 OPEN = "open"  # reads commands or data, answers them
 PAUSED = "paused"  # the throttle holds back the outcome of an authentication
@@ -1663,6 +1672,7 @@ class Connection(Task):
         self._reader = reader
         self._writer = writer
         self._sock = sock
+        set_tcp(sock, "TCP_NODELAY")
         self._client = client
         # Not a bound method: connection and session would be a cycle, which only the garbage collector frees.
         self._session = Session(server.policy, lambda name, protocol: open_spool(sock, client, name, protocol))
@@ -1744,6 +1754,8 @@ class Connection(Task):
             actions, self._actions = self._actions or self._session.step(), []
             if not actions:
                 self._hungry = True
+                if not self._replies:
+                    set_tcp(self._sock, "TCP_QUICKACK")  # most clients send the final dot only after that
                 break
             self._progress = self._server.loop.now
             for action in actions:
@@ -2577,7 +2589,6 @@ def listening_socket(host: str, port: int) -> socket.socket:
     try:
         sock = socket.socket(family, kind, protocol)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # clients' sockets inherit it
         sock.bind(address)
         sock.listen(BACKLOG)
     except OSError as error:

@@ -2058,12 +2058,6 @@ def test_the_process_is_called_msmtpd(start: Start) -> None:
     assert Path(f"/proc/{start().process.pid}/comm").read_text() == "msmtpd\n"
 
 
-def test_replies_are_not_held_back_for_more() -> None:
-    listener = msmtpd.listening_socket("127.0.0.1", 0)
-    with listener, socket.create_connection(listener.getsockname()), listener.accept()[0] as accepted:
-        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has abstract sockets")
 def test_systemd_may_be_told_by_an_abstract_socket(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
@@ -2706,7 +2700,6 @@ class World:
     def listen(self, sock: socket.socket | None = None) -> int:
         """Listen on loopback and return the port."""
         sock = sock or socket.socket()
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.bind(("127.0.0.1", 0))
         sock.listen(1024)
         self.server.listen([sock], lambda state: None)
@@ -2839,6 +2832,38 @@ def mail_to(recipient: str) -> bytes:
 
 
 # Admission
+
+
+def test_tcp_options_are_set_where_there_are_such() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as sock, socket.socket(socket.AF_UNIX) as other:
+        msmtpd.set_tcp(sock, "TCP_NODELAY")
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        for pair in ((sock, "TCP_UNKNOWN"), (other, "TCP_NODELAY"), (None, "TCP_NODELAY")):
+            msmtpd.set_tcp(*pair)
+
+
+UNANSWERED = [  # what a client sends in pieces of their own, and whether it gets no reply
+    (b"EHLO x\r\n", False),
+    (b"MAIL FR", True),
+    (b"OM:<a@b>\r\nRCPT TO:<c@d>\r\nDA", False),
+    (b"TA\r\n", False),
+    (b"body\r\n", True),
+    (b".", True),
+    (b"\r\n", False),  # nor while the command runs
+    (b"NOOP\r\nAUTH", False),
+]
+
+
+def test_what_gets_no_reply_is_acknowledged_at_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel does so 40 ms later, and a client's kernel sends the next small write only then (RFC 1122 4.2.3)."""
+    calls: list[str] = []
+    monkeypatch.setattr(msmtpd, "set_tcp", lambda sock, option: calls.append(option))
+    client = world.call()
+    assert calls == ["TCP_NODELAY"]
+    for octets, unanswered in UNANSWERED:
+        calls.clear()
+        client.say(octets)
+        assert calls == ["TCP_QUICKACK"] * unanswered, octets
 
 
 def test_clients_beyond_the_limit_wait_and_are_served_in_their_order(world: World) -> None:
