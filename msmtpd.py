@@ -2289,11 +2289,20 @@ def password_from_command(command: str, inetd: bool) -> bytes:
     import subprocess
 
     stdin = subprocess.DEVNULL if inetd else None
-    result = subprocess.run(command, shell=True, stdin=stdin, stdout=subprocess.PIPE, check=False)
-    if result.returncode:
-        raise StartupError(f"the password command of --auth failed with exit status {result.returncode}: {command!a}")
-    password = first_line(result.stdout)
-    if not password:
+    output = b""
+    with subprocess.Popen(command, shell=True, stdin=stdin, stdout=subprocess.PIPE, bufsize=0) as process:
+        assert process.stdout
+        while b"\n" not in output and len(output) < MAX_AUTH_LINE:  # a client could not say more
+            gone = process.poll() is not None  # maybe leaving another behind that keeps its output open
+            ready = select.select((process.stdout,), (), (), 0.1)[0]
+            piece = process.stdout.read(MAX_AUTH_LINE) if ready else b""
+            output += piece
+            if not piece and (ready or gone):
+                break
+    if process.returncode not in (0, -signal.SIGPIPE, 128 + signal.SIGPIPE):
+        raise StartupError(f"the password command of --auth failed with exit status {process.returncode}: {command!a}")
+    password = first_line(output)
+    if not 0 < len(password) < MAX_AUTH_LINE:
         raise StartupError(f"the password command of --auth printed no password: {command!a}")
     return password
 
@@ -2559,7 +2568,7 @@ def passed_sockets() -> list[socket.socket]:
     if os.environ.get("LISTEN_PID") != str(os.getpid()) or not (count.isascii() and count.isdigit()):
         return []
     sockets = []
-    for descriptor in range(3, 3 + int(count)):
+    for descriptor in range(3, 3 + int(count[:9])):
         try:
             sock = socket.socket(fileno=descriptor)
         except OSError as error:
@@ -2643,13 +2652,14 @@ def affordable_sessions() -> int:
     return max(1, min(MAX_SESSIONS, (limit - RESERVED_DESCRIPTORS) // 2))
 
 
-def serve_daemon(server: Server, options: Options) -> int:
-    sockets = passed_sockets() or [listening_socket(host, options.port) for host in options.interfaces]
+def serve_daemon(server: Server, options: Options, passed: list[socket.socket]) -> int:
+    trouble = server.queue.command.check()  # which takes time: nobody shall be able to connect before
+    sockets = passed or [listening_socket(host, options.port) for host in options.interfaces]
     where = ", ".join(describe(sock) for sock in sockets)
     user = f"authentication as {options.auth.partition(',')[0]}" if options.auth else "no authentication"
     command = printable(os.fsencode(options.command))
     server.log.write("info", f"msmtpd {__version__} on {where}, {user}, command: {command}")
-    for warning in (exposure(sockets, options), server.queue.command.check()):
+    for warning in (exposure(sockets, options), trouble):
         if warning:
             server.log.write("warning", warning)
             if options.log != "stderr":
@@ -2696,8 +2706,9 @@ def main() -> int:
         audible = protect_descriptors(inetd)
         name_process()
         options = Options(sys.argv[1:])
+        passed = [] if options.inetd else passed_sockets()  # while no descriptor of ours could be taken for one
         server = build_server(options)
-        return serve_inetd(server) if options.inetd else serve_daemon(server, options)
+        return serve_inetd(server) if options.inetd else serve_daemon(server, options, passed)
     except StartupError as error:
         reason = str(error)
     except (OSError, ImportError) as error:  # too few descriptors, processes or memory

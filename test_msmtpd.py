@@ -44,6 +44,7 @@ import termios
 import textwrap
 import time
 import traceback
+import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -1795,6 +1796,8 @@ REJECTED = [  # command line, what the message says
     (["--auth=joe,echo x; false\n"], "with exit status 1: 'echo x; false\\n'"),
     (["--auth=joe,:"], "the password command of --auth printed no password: ':'"),
     (["--auth=joe,echo; echo x"], "the password command of --auth printed no password: 'echo; echo x'"),
+    (["--auth=joe,cat /dev/zero"], "the password command of --auth printed no password: 'cat /dev/zero'"),
+    (["--auth=joe,exec >&-; exit 4"], "the password command of --auth failed with exit status 4"),
     (["--command=cat 'x"], "--command is no valid shell command: "),
     (["--command=if %F"], "--command is no valid shell command: "),
     (["--command= "], "--command is empty"),
@@ -1825,6 +1828,32 @@ def test_a_port_that_cannot_be_had_names_the_cure(number: int, cure: str, monkey
     with pytest.raises(msmtpd.StartupError) as error:
         msmtpd.listening_socket("127.0.0.1", 25)
     assert str(error.value) == f"cannot listen on 127.0.0.1 port 25: No{cure}"
+
+
+PASSWORD_COMMANDS = [
+    "yes a",
+    "echo a; sleep 5 &",
+    "printf a; sleep 5 &",
+    "printf 'a\\r\\nb'",
+    "sleep 0.2; echo a",
+    "echo a >&1",
+]
+
+
+@pytest.mark.parametrize("command", PASSWORD_COMMANDS)
+def test_a_password_is_a_line_whatever_else_its_command_does(command: str) -> None:
+    started = time.monotonic()
+    assert msmtpd.password_from_command(command, inetd=True) == b"a"
+    assert time.monotonic() - started < 4
+
+
+def test_nobody_can_connect_before_the_command_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    listening: list[str] = []
+    monkeypatch.setattr(msmtpd, "listening_socket", lambda host, port: listening.append(host))
+    server: Any = types.SimpleNamespace(queue=types.SimpleNamespace(command=msmtpd.Command("if %F", {})))
+    with pytest.raises(msmtpd.StartupError):
+        msmtpd.serve_daemon(server, msmtpd.Options([]), [])
+    assert not listening
 
 
 # ---- As a user starts it: the process --------------------------------------
@@ -2312,9 +2341,9 @@ STARTUP_ERRORS = [  # options, what the one line says
 ]
 
 
-def run_program(*options: str, **more: Any) -> subprocess.CompletedProcess[str]:
+def run_program(*options: str, program: Sequence[str] = RUN, **more: Any) -> subprocess.CompletedProcess[str]:
     more = {"stdin": subprocess.DEVNULL, "timeout": 20, "start_new_session": True, **more}
-    command = [*RUN, *options]
+    command = [*program, *options]
     return subprocess.run(command, capture_output=True, text=True, check=False, **more)
 
 
@@ -2364,19 +2393,19 @@ def test_too_few_descriptors_to_start_are_one_line(limit: int) -> None:
     assert result.returncode == 3 and result.stderr.count("\n") == 1 and "msmtpd: cannot go on: " in result.stderr
 
 
-def test_a_count_of_sockets_that_is_no_number_is_ignored() -> None:
-    """A digit to Python, but not to int()."""
-    program = (
-        f"import os; os.environ.update(LISTEN_FDS='\u00b2', LISTEN_PID=str(os.getpid())); exec({PROGRAM.read_text()!r})"
-    )
-    result = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", program, "--interface=192.0.2.1", "--port=2599"],
-        capture_output=True,
-        text=True,
-        timeout=20,
-        check=False,
-    )
-    assert result.returncode == 3 and "this machine has no such address" in result.stderr
+SOCKET_COUNTS = [
+    ("\u00b2", "this machine has no such address"),
+    ("1", "descriptor 3 is no socket: Bad file descriptor;"),
+]
+SOCKET_COUNTS += [("9" * 5000, "descriptor 3 is no socket: Bad file descriptor; unset LISTEN_FDS")]
+
+
+@pytest.mark.parametrize("count, message", SOCKET_COUNTS, ids=["digit to Python, but not to int()", "1", "5000 digits"])
+def test_sockets_that_were_not_passed(count: str, message: str) -> None:
+    program = f"import os; os.environ.update(LISTEN_FDS={count!r}, LISTEN_PID=str(os.getpid()))"
+    program += f"; exec({PROGRAM.read_text()!r})"
+    result = run_program("--interface=192.0.2.1", "--port=2599", program=[sys.executable, "-I", "-S", "-c", program])
+    assert result.returncode == 3 and message in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_it_runs_under_any_name_read_only_and_without_a_trace(tmp_path: Path) -> None:
