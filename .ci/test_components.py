@@ -388,6 +388,22 @@ def test_a_real_client_sends_its_mail(name: str, login: bool, far: Far, tmp_path
         assert isinstance(payload, bytes) and payload.replace(b"\r\n", b"\n").rstrip(b"\n") == TEXT
 
 
+LIBRARIES = sorted((ROOT / ".ci" / "clients").iterdir())  # the bench has them too
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.name)
+def test_mails_of_a_library_arrive_as_they_are(
+    library: Path, start: Callable[..., Daemon], box: Box, tmp_path: Path
+) -> None:
+    """Several in a session: the field's libraries write body and final dot apart, and say RSET in between."""
+    daemon = start(f"--command={box.command}", environment=box.environment)
+    (tmp_path / "text").write_bytes(TEXT)
+    subprocess.run([library, str(daemon.port), "3", tmp_path / "text"], check=True, timeout=30)
+    assert daemon.stop() == 0
+    payloads = [email.message_from_bytes(content).get_payload(decode=True) for _, content in box.mails()]
+    assert [isinstance(text, bytes) and text.rstrip(b"\n") for text in payloads] == [TEXT] * 3  # PHPMailer adds two
+
+
 # The main job: client -> msmtpd -> msmtp -> msmtpd -> command
 
 MSMTPRC = """
