@@ -42,7 +42,6 @@ import binascii
 import errno
 import os
 import select
-import stat
 import sys
 import time
 
@@ -95,6 +94,7 @@ LINGER_TIMEOUT = 2.0  # for it to close after them
 RETRY_DELAY = 1.0  # before accepting again when descriptors or memory ran out
 THROTTLE_SECONDS = 60.0  # after an authentication failure, while ...
 THROTTLE_DELAY = 1.0  # ... every outcome of AUTH is held back by this
+NOTIFY_TIMEOUT = 1.0  # for a service manager that is slow to take what we tell it: nobody else is served meanwhile
 KEY_RING_TIMEOUT = 30.0  # for a key ring that waits to be unlocked
 
 RESERVED_DESCRIPTORS = 64  # not for sessions: commands, listeners, log
@@ -1217,10 +1217,15 @@ def last_lines(output: bytes, utf8: bool) -> list[str]:
 
 # ---- Log -------------------------------------------------------------------
 #
+# Nothing here waits: a terminal may be stopped, a pipe or the syslog daemon hang.
 # A line is written at once or not at all; one that a full disk has cut gets its
 # end before the next.  Failing to write one never disturbs a mail.  Text that
 # comes from a client or a command goes through printable(): nobody forges a line
 # or an escape sequence.
+
+LOG_MAIL = 2 << 3  # RFC 5424 section 6.2.1, as are these:
+SEVERITIES = {"info": 6, "warning": 4, "error": 3}
+SYSLOG_SOCKETS = ("/dev/log", "/var/run/log", "/var/run/syslog")  # of Linux, the BSDs, macOS
 
 
 def printable(text: bytes) -> str:
@@ -1257,43 +1262,68 @@ class Log:
 
 
 class SyslogSink:
-    """The system's log, facility mail."""
+    """The system's log, facility mail.  syslog(3) would wait for a daemon that hangs."""
 
     def __init__(self) -> None:
-        import syslog
+        self._sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM)
+        self._sock.setblocking(False)
 
-        syslog.openlog("msmtpd", syslog.LOG_PID, syslog.LOG_MAIL)
-        self._syslog = syslog.syslog
-        self._priorities = {"info": syslog.LOG_INFO, "warning": syslog.LOG_WARNING, "error": syslog.LOG_ERR}
+    def connect(self) -> bool:
+        """Find the daemon, which may have been started anew, and return whether it is there."""
+        return any(self._sock.connect_ex(path) == 0 for path in SYSLOG_SOCKETS)
 
     def write(self, level: str, text: str) -> None:
-        self._syslog(self._priorities[level], text)
+        date = time.strftime("%b %e %H:%M:%S")
+        line = f"<{LOG_MAIL + SEVERITIES[level]}>{date} msmtpd[{os.getpid()}]: {text}".encode()
+        try:
+            self._sock.send(line)
+        except BlockingIOError:
+            pass  # it is there, but does not read
+        except OSError:
+            if self.connect():
+                self._sock.send(line)
 
 
 class StreamSink:
     """An open descriptor, such as standard error.  What it cannot take at once is dropped."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, journal: bool = False) -> None:
         self.descriptor = descriptor
+        self._journal = journal  # which has date and name of its own, see sd-daemon(3)
         self._torn = False  # the last line has no end
 
     def write(self, level: str, text: str) -> None:
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        line = f"{now} msmtpd[{os.getpid()}] {level}: {text}\n".encode()
+        head = f"<{SEVERITIES[level]}>" if self._journal else f"{now} msmtpd[{os.getpid()}] {level}: "
+        line = f"{head}{text}\n".encode()
         written = write_now(self.descriptor, b"\n" * self._torn + line)
         if written:
             self._torn = written < self._torn + len(line)
 
 
-def write_now(descriptor: int, data: bytes) -> int:
-    """Write what can be written without waiting, and return how much: a pipe may be stopped, a disk full."""
-    written = 0
+def unshared(descriptor: int) -> int:
+    """Open a terminal anew: O_NONBLOCK is for all who share a descriptor, and a shell may trip over it."""
     try:
-        while written < len(data) and select.select((), (descriptor,), (), 0)[1]:
-            written += os.write(descriptor, data[written : written + select.PIPE_BUF])
+        return os.open(os.ttyname(descriptor), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:
-        pass
-    return written
+        return descriptor  # no terminal, or one of somebody else's, as behind su(1)
+
+
+def write_now(descriptor: int, data: bytes) -> int:
+    """Write what can be written without waiting, and return how much.
+
+    Others may share the descriptor, so it is non-blocking only for this moment.  To ask poll() would
+    not do: "writable" means PIPE_BUF octets for a pipe, but one for a terminal.
+    """
+    try:
+        blocking = os.get_blocking(descriptor)
+        os.set_blocking(descriptor, False)
+        try:
+            return os.write(descriptor, data)
+        finally:
+            os.set_blocking(descriptor, blocking)
+    except OSError:
+        return 0
 
 
 class FileSink:
@@ -1306,7 +1336,7 @@ class FileSink:
 
     def open(self) -> None:
         """Open the file (again).  Raises OSError, and keeps the one it had."""
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY, 0o666)
         if self._stream.descriptor >= 0:
             os.close(self._stream.descriptor)
         self._stream.descriptor = descriptor
@@ -2055,7 +2085,7 @@ class Outputs:
 
     def __init__(self, loop: Loop) -> None:
         self.loop = loop
-        self.mirror = False  # to our standard error, where nobody would see it else
+        self.mirror = -1  # our standard error, where nobody would see it else
         self.leftovers: list[Output] = []
 
 
@@ -2086,8 +2116,8 @@ class Output(Task):
         except BlockingIOError:
             return True
         self.tail = (self.tail + data)[-OUTPUT_TAIL:]
-        if self._outputs.mirror:
-            write_now(2, data)
+        if self._outputs.mirror >= 0:
+            write_now(self._outputs.mirror, data)
         return bool(data)
 
     def end(self) -> None:
@@ -2188,28 +2218,32 @@ class Ready:
 
 
 class SmallSelector:
-    """selectors.SelectSelector for a handful of descriptors, at a third of the start-up.
+    """selectors.PollSelector at a third of the start-up.
 
-    epoll would refuse regular files.
+    epoll would refuse regular files, and select() descriptors from 1024 (256 on NetBSD).
     """
 
     def __init__(self) -> None:
         self._events: dict[int, int] = {}
+        self._poll = select.poll()
 
     def register(self, fileobj: int, events: int) -> None:
         self._events[fileobj] = events
+        self._poll.register(fileobj, select.POLLIN * (events & READ) | select.POLLOUT * (events // WRITE))
 
     modify = register
 
     def unregister(self, fileobj: int) -> None:
         del self._events[fileobj]
+        self._poll.unregister(fileobj)
 
     def select(self, timeout: float | None = None) -> list[tuple[Any, int]]:
-        readers = [fd for fd, events in self._events.items() if events & READ]
-        writers = [fd for fd, events in self._events.items() if events & WRITE]
-        readable, writable, _ = select.select(readers, writers, [], timeout)
-        ready: list[tuple[Any, int]] = [(Ready(fd), READ) for fd in readable]
-        return ready + [(Ready(fd), WRITE) for fd in writable]
+        ready = self._poll.poll(None if timeout is None else timeout * 1000)
+        # An error or a hang-up is ready for whatever is waited for.
+        return [
+            (Ready(fd), self._events[fd] & (READ * (mask != select.POLLOUT) | WRITE * (mask != select.POLLIN)))
+            for fd, mask in ready
+        ]
 
 
 def serve_inetd(server: Server) -> int:
@@ -2367,7 +2401,9 @@ EXIT_STARTUP = 3
 DEFAULT_COMMAND = "msmtp -f %F --"
 DEFAULT_INTERFACE = "127.0.0.1"
 DEFAULT_PORT = 25
-SYSLOG_SOCKETS = ("/dev/log", "/var/run/log", "/var/run/syslog")  # of Linux, the BSDs, macOS
+# Opening a name would fail for a socket and for the pipe of another user: the descriptor itself is meant.
+STDOUT_NAMES = ("-", "stdout", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+STDERR_NAMES = ("stderr", "/dev/stderr", "/dev/fd/2", "/proc/self/fd/2")
 
 HELP_TEXT = f"""\
 Usage: msmtpd [option...]
@@ -2484,36 +2520,32 @@ def open_log(target: str, inetd: bool) -> Log:
     """Open the log; a file that cannot be opened is replaced by syslog, as the manual says."""
     if target == "none":
         return Log()
-    if target == "stderr":
-        return Log(StreamSink(2))
-    if target == "syslog":
-        log = Log(SyslogSink())
-    else:
+    if target in STDOUT_NAMES and inetd:
+        raise StartupError(f"option --log={target} would talk to the client; --log=stderr, syslog or a file will do")
+    if target in STDOUT_NAMES + STDERR_NAMES:
+        descriptor = 1 if target in STDOUT_NAMES else 2
+        status = os.fstat(descriptor)
+        journal = os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"  # see systemd.exec(5)
+        return Log(StreamSink(unshared(descriptor), journal))
+    text = ""
+    if target != "syslog":
         try:
             return Log(FileSink(target))
         except OSError as error:
             text = f"cannot open log file {target!a}: {error.strerror}; logging to syslog"
-        log = Log(SyslogSink())
+    syslog = SyslogSink()
+    there, log = syslog.connect(), Log(syslog)
+    if text:
         log.write("error", text)
-        if not inetd:
-            complain(text)
-    if not inetd and not any(map(is_socket, SYSLOG_SOCKETS)):
+    if text and not (inetd and there):
+        complain(text)
+    if not there:
         complain("warning: there is no syslog here; --log=stderr or a file would do")
     return log
 
 
-def is_socket(path: str) -> bool:
-    try:
-        return stat.S_ISSOCK(os.stat(path).st_mode)
-    except OSError:
-        return False
-
-
 def complain(text: str) -> None:
-    try:
-        os.write(2, f"msmtpd: {text}\n".encode(errors="backslashreplace"))
-    except OSError:
-        pass
+    write_now(2, f"msmtpd: {text}\n".encode(errors="backslashreplace"))
 
 
 # Start-up
@@ -2630,7 +2662,9 @@ def notify_systemd(state: str) -> None:
 
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-                sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
+                sock.settimeout(NOTIFY_TIMEOUT)
+                sock.connect("\0" + path[1:] if path.startswith("@") else path)
+                sock.send(state.encode())
         except OSError:
             pass  # it is of no use to fail now
 
@@ -2662,9 +2696,10 @@ def serve_daemon(server: Server, options: Options, passed: list[socket.socket]) 
     for warning in (exposure(sockets, options), trouble):
         if warning:
             server.log.write("warning", warning)
-            if options.log != "stderr":
+            if options.log not in STDERR_NAMES:
                 complain("warning: " + warning)
-    server.queue.outputs.mirror = server.log.silent
+    if server.log.silent:
+        server.queue.outputs.mirror = unshared(2)
     server.admission.max_sessions = affordable_sessions()
     server.listen(sockets, notify_systemd)
     server.run()

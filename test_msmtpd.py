@@ -1600,41 +1600,87 @@ def test_a_log_that_cannot_be_written_is_no_reason_to_fail(tmp_path: Path) -> No
     log.reopen()
 
 
-def test_a_log_file_that_cannot_be_opened_is_replaced_by_syslog(capfd: pytest.CaptureFixture[str]) -> None:
-    log = msmtpd.open_log("/nowhere/log", inetd=False)
-    assert isinstance(log._sink, msmtpd.SyslogSink)
-    assert "cannot open log file '/nowhere/log'" in capfd.readouterr().err
-    msmtpd.open_log("/nowhere/log", inetd=True)
-    assert capfd.readouterr().err == ""
+def syslog_daemon(path: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    sock.settimeout(20)
+    sock.bind(str(path))
+    return sock
 
 
-@pytest.mark.parametrize("kind", ["missing", "a directory, as systemd has", "a socket"])
-def test_a_syslog_that_is_not_there_is_warned_of(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+WHERE_THE_LOG_IS = [  # target, in inetd mode, whether there is a syslog daemon, what standard error hears
+    (
+        "/nowhere/log",
+        False,
+        True,
+        ["cannot open log file '/nowhere/log': No such file or directory; logging to syslog"],
+    ),
+    ("/nowhere/log", False, False, ["cannot open log file", "warning: there is no syslog here; --log=stderr or a"]),
+    ("/nowhere/log", True, True, []),
+    ("/nowhere/log", True, False, ["cannot open log file", "warning: there is no syslog here"]),
+    ("syslog", False, True, []),
+    ("syslog", False, False, ["warning: there is no syslog here"]),
+    ("syslog", True, True, []),
+    ("syslog", True, False, ["warning: there is no syslog here"]),
+]
+
+
+@pytest.mark.parametrize("target, in_inetd_mode, there, heard", WHERE_THE_LOG_IS)
+@pytest.mark.parametrize("kind", ["nothing", "a directory, as systemd has", "a socket that nobody reads"])
+def test_a_log_that_is_not_where_it_should_be_is_complained_of(
+    target: str, in_inetd_mode: bool, there: bool, heard: list[str], kind: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    wrong, path = tmp_path / "wrong", tmp_path / "log"
+    if kind == "a socket that nobody reads":
+        syslog_daemon(wrong).close()
+    elif kind != "nothing":
+        wrong.mkdir()
+    monkeypatch.setattr(msmtpd, "SYSLOG_SOCKETS", (str(wrong), str(path)) if there else (str(wrong),))
+    with syslog_daemon(path) as daemon:
+        msmtpd.open_log(target, in_inetd_mode).write("info", "end")
+        lines = capfd.readouterr().err.splitlines()
+        assert [line.startswith("msmtpd: " + text) for line, text in zip(lines, heard)] == [True] * len(heard)
+        assert len(lines) == len(heard)
+        if there:
+            assert (b"cannot open log file" in daemon.recv(1000)) == (target != "syslog")
+
+
+def test_syslog_gets_facility_level_and_name_and_is_neither_waited_for_nor_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "log"
-    monkeypatch.setattr(msmtpd, "SYSLOG_SOCKETS", (str(path),))
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        if kind == "a socket":
-            sock.bind(str(path))
-        elif kind != "missing":
-            path.mkdir()
-        for target in ("syslog", "/nowhere/log"):
-            msmtpd.open_log(target, inetd=True)
-            assert capfd.readouterr().err == ""
-            msmtpd.open_log(target, inetd=False)
-            assert ("there is no syslog here" in capfd.readouterr().err) == (kind != "a socket")
+    monkeypatch.setattr(msmtpd, "SYSLOG_SOCKETS", ("/nowhere/log", str(path)))
+    log = msmtpd.open_log("syslog", inetd=True)  # it is started later
+    with syslog_daemon(path) as daemon:
+        for level, number in (("error", 19), ("warning", 20), ("info", 22)):
+            log.write(level, "text")
+            expected = rf"<{number}>[A-Z][a-z]{{2}} [ 1-3][0-9] [0-9:]{{8}} msmtpd\[{os.getpid()}\]: text"
+            assert re.fullmatch(expected, daemon.recv(1000).decode())
+        for _ in range(1000):  # it hangs
+            log.write("info", "x" * 1000)
+    path.unlink()
+    log.write("info", "lost")
+    with syslog_daemon(path) as daemon:  # it is started again
+        log.write("info", "found")
+        assert daemon.recv(1000).endswith(b": found")
 
 
-def test_syslog_gets_the_facility_and_the_levels(monkeypatch: pytest.MonkeyPatch) -> None:
-    import syslog
-
-    lines: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(syslog, "openlog", lambda *arguments: lines.append(arguments))
-    monkeypatch.setattr(syslog, "syslog", lambda *arguments: lines.append(arguments))
-    log = msmtpd.open_log("syslog", inetd=False)
-    log.write("error", "text")
-    assert lines == [("msmtpd", syslog.LOG_PID, syslog.LOG_MAIL), (syslog.LOG_ERR, "text")]
+@pytest.mark.parametrize("kind", ["terminal", "terminal of somebody else", "pipe", "socket"])
+def test_a_reader_that_has_stopped_is_not_waited_for(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind == "socket":
+        reader, writer = (sock.detach() for sock in socket.socketpair())
+    else:
+        reader, writer = os.pipe() if kind == "pipe" else pty.openpty()
+    if kind == "terminal of somebody else":
+        monkeypatch.setattr(os, "ttyname", lambda descriptor: "/nowhere")
+    descriptor = msmtpd.unshared(writer)
+    assert (descriptor != writer) == (kind == "terminal")
+    for size in (10000, 1):
+        while msmtpd.write_now(descriptor, b"x" * size):
+            pass
+    assert os.get_blocking(writer)  # for the others who have it
+    for end in {reader, writer, descriptor}:
+        os.close(end)
 
 
 # ---- Event loop ------------------------------------------------------------
@@ -2096,6 +2142,15 @@ def test_systemd_may_be_told_by_an_abstract_socket(monkeypatch: pytest.MonkeyPat
         assert sock.recv(100, socket.MSG_DONTWAIT) == b"READY=1"
 
 
+def test_a_service_manager_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    monkeypatch.setattr(msmtpd, "NOTIFY_TIMEOUT", 0.0001)
+    with syslog_daemon(tmp_path / "notify") as manager:
+        for _ in range(1000):  # its queue has fewer places
+            msmtpd.notify_systemd("READY=1")
+        assert manager.recv(100) == b"READY=1"
+
+
 def test_many_mails_in_a_session_and_pipelined(daemon: Daemon, box: Box) -> None:
     again = MAIL.partition(b"\r\n")[2]
     replies = codes(daemon.talk(MAIL + again * 2 + b"NOOP\r\nRSET\r\n" + again + b"QUIT\r\n"))
@@ -2167,13 +2222,54 @@ def test_signals_that_were_blocked_by_whoever_started_us_work(start: Start) -> N
     assert daemon.stop() == 0
 
 
-def test_a_standard_error_that_takes_nothing_stops_nobody(start: Start) -> None:
-    reader, writer = os.pipe()
-    daemon = start("--log=none", "--command=head -c 300000 /dev/zero; :", stderr=writer)
-    assert codes(daemon.talk(MAIL))[-1] == codes(daemon.talk(MAIL))[-1] == 250
+@pytest.mark.parametrize("log", ["none", "stderr"])
+@pytest.mark.parametrize("make", [os.pipe, pty.openpty], ids=["pipe", "terminal"])
+def test_a_standard_error_that_takes_nothing_stops_nobody(
+    make: Callable[[], tuple[int, int]], log: str, start: Start
+) -> None:
+    reader, writer = make()
+    command = f"--command={sys.executable} -c \"print(('x' * 60 + chr(10)) * 70); exit(1)\""
+    daemon = start(f"--log={log}", command, stderr=writer)
+    for _ in range(40):
+        assert codes(daemon.talk(MAIL))[-1] == 554
     assert daemon.stop() == 0
     os.close(reader)
     os.close(writer)
+
+
+@pytest.mark.parametrize("target", [*msmtpd.STDOUT_NAMES, *msmtpd.STDERR_NAMES])
+@pytest.mark.parametrize("journal", [False, True])
+def test_a_log_may_be_named_as_a_descriptor_which_systemd_may_have_passed(
+    target: str, journal: bool, start: Start, tmp_path: Path
+) -> None:
+    """A socket cannot be opened by its name."""
+    ours, theirs = socket.socketpair()
+    status = os.fstat(theirs.fileno())
+    environment = {**os.environ, "JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino + (not journal)}"}
+    stream = "stdout" if target in msmtpd.STDOUT_NAMES else "stderr"
+    with ours, theirs:
+        daemon = start(f"--log={target}", "--command=false", environment=environment, cwd=tmp_path, **{stream: theirs})
+        assert codes(daemon.talk(MAIL))[-1] == 554 and daemon.stop() == 0
+        theirs.close()
+        lines = read_all(ours).decode().splitlines()
+    heads = {line[:3] for line in lines}
+    assert heads == ({"<6>", "<3>"} if journal else {"202"}) and all("msmtpd" in line for line in lines[:1])
+    assert not list(tmp_path.glob("*std*")) and not (tmp_path / "-").exists()
+
+
+def inherit_many() -> None:
+    """Leave more descriptors open than select() knows."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2000, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    for number in range(3, 1100):
+        os.dup2(0, number)
+
+
+def test_many_descriptors_may_be_inherited(start: Start, tmp_path: Path) -> None:
+    daemon = start("--command=:", f"--log={tmp_path}/log", close_fds=False, preexec_fn=inherit_many)
+    assert codes(daemon.talk(MAIL))[-1] == 250 and (tmp_path / "log").read_text().count("\n") == 2
+    process = inetd(subprocess.PIPE, subprocess.PIPE, "--command=:", close_fds=False, preexec_fn=inherit_many)
+    output, error = process.communicate(MAIL)
+    assert (codes(output)[-1], process.returncode, error) == (250, 0, b"")
 
 
 def test_an_interrupt_while_a_password_is_waited_for_leaves_no_traceback() -> None:
@@ -2338,6 +2434,7 @@ STARTUP_ERRORS = [  # options, what the one line says
     (["--inetd", "--auth=joe"], ", and no terminal to ask for a password"),
     (["--inetd", "--auth=joe,exit 3"], "with exit status 3: 'exit 3'"),
     (["--in"], "option --in is ambiguous: --inetd, --interface"),
+    (["--inetd", "--log=-"], "option --log=- would talk to the client; --log=stderr, syslog or a file will do"),
 ]
 
 

@@ -733,6 +733,25 @@ def test_a_full_disk_refuses_big_mails_for_now_and_nothing_else(
     assert os.listdir(tiny) == [] and "unexpected" not in daemon.log()
 
 
+OWN_DEV = """
+mount -t tmpfs tmpfs "$0" && touch "$0/null" && mount --bind /dev/null "$0/null" &&
+ln -s "$0.log" "$0/log" && ln -s /proc/self/fd "$0/fd" && mount --rbind "$0" /dev && exec "$@"
+"""
+
+
+def test_a_syslog_daemon_that_hangs_stops_nobody(
+    start: Callable[..., Daemon], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dev").mkdir()
+    unshare = [need("unshare"), "-m" if os.geteuid() == 0 else "-rm", "sh", "-c", OWN_DEV, str(tmp_path / "dev")]
+    monkeypatch.setattr(test_msmtpd, "RUN", [*unshare, *RUN])
+    with test_msmtpd.syslog_daemon(tmp_path / "dev.log") as syslog:
+        daemon = start("--log=syslog", "--command=:")
+        replies = codes(daemon.talk(MAIL * 600))  # more than its queue takes
+        assert replies.count(354) == 600 and replies[-1] == 250 and daemon.stop() == 0
+        assert b" msmtpd[%d]: msmtpd " % daemon.process.pid in syslog.recv(1000)
+
+
 def test_a_privileged_port_names_the_cure() -> None:
     if os.geteuid():
         result = run_program("--port=25")
