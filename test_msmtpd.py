@@ -1686,24 +1686,14 @@ def test_a_reader_that_has_stopped_is_not_waited_for(kind: str, monkeypatch: pyt
 # ---- Event loop ------------------------------------------------------------
 
 
-class Clock:
-    """A clock that stands until it is set."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 class FakeTask(msmtpd.Task):
-    def __init__(self, loop: msmtpd.Loop, name: str, calls: list[str], due: float = msmtpd.NEVER) -> None:
-        self.loop, self.name, self.calls, self.due_at = loop, name, calls, due
+    """Writes down what the loop calls."""
+
+    def __init__(self, name: str, calls: list[str], due: float = msmtpd.NEVER) -> None:
+        self.name, self.calls, self.due_at = name, calls, due
 
     def ready(self, events: int) -> None:
         self.calls.append(f"{self.name} ready {events}")
-        if self.name == "bad":
-            raise ValueError("deliberate")
 
     def resume(self) -> None:
         self.calls.append(f"{self.name} resumed")
@@ -1713,30 +1703,14 @@ class FakeTask(msmtpd.Task):
 
     def expire(self) -> None:
         self.calls.append(f"{self.name} expired")
-        self.loop.remove_timed(self)
-
-    def crash(self) -> None:
-        self.calls.append(f"{self.name} crashed")
+        self.due_at = msmtpd.NEVER
 
 
-class ListSink:
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def write(self, level: str, text: str) -> None:
-        self.lines.append(f"{level}: {text}")
-
-
-@pytest.fixture(params=["selectors", "inetd"])
-def loop(request: pytest.FixtureRequest) -> msmtpd.Loop:
-    selector = selectors.DefaultSelector() if request.param == "selectors" else msmtpd.SmallSelector()
-    return msmtpd.Loop(selector, msmtpd.Log(ListSink()), Clock())
-
-
-def test_the_loop_reports_what_is_ready_while_it_is_watched(loop: msmtpd.Loop) -> None:
+@pytest.mark.parametrize("kind", [selectors.DefaultSelector, msmtpd.SmallSelector])
+def test_the_loop_reports_what_is_ready_while_it_is_watched(kind: Callable[[], Any]) -> None:
     left, right = socket.socketpair()
     calls: list[str] = []
-    task = FakeTask(loop, "task", calls)
+    loop, task = msmtpd.Loop(kind(), msmtpd.Log()), FakeTask("task", calls)
     with left, right:
         loop.watch(left.fileno(), msmtpd.WRITE, task)
         loop.turn()
@@ -1749,40 +1723,26 @@ def test_the_loop_reports_what_is_ready_while_it_is_watched(loop: msmtpd.Loop) -
     assert calls == ["task ready 2", "task ready 1", "task resumed"]
 
 
-def test_tasks_expire_when_they_are_due_and_not_before(loop: msmtpd.Loop) -> None:
+def test_tasks_expire_when_they_are_due_and_not_before() -> None:
     calls: list[str] = []
-    clock = loop._clock
-    assert isinstance(clock, Clock)
-    early, late = (FakeTask(loop, name, calls, due) for name, due in (("early", 1010.0), ("late", 1020.0)))
+    clock = [1000.0]
+    loop = msmtpd.Loop(msmtpd.SmallSelector(), msmtpd.Log(), lambda: clock[0])
+    early, late = (FakeTask(name, calls, due) for name, due in (("early", 1010.0), ("late", 1020.0)))
     for task in (late, early):
         loop.add_timed(task)
     loop.resume_later(late)
     loop.turn()
-    clock.now = 1010.0
+    clock[0] = 1010.0
     loop.turn()
     late.due_at = 1030.0  # moved away: the timer that fires at 1020 finds nothing
-    clock.now = 1020.0
+    clock[0] = 1020.0
     loop.turn()
     assert calls == ["late resumed", "early expired"]
     late.due_at = 1025.0
     loop.schedule(1025.0)
-    clock.now = 1025.0
+    clock[0] = 1025.0
     loop.turn()
     assert calls[-1] == "late expired" and loop._wake_at == msmtpd.NEVER
-
-
-def test_an_exception_ends_its_task_and_is_logged(loop: msmtpd.Loop) -> None:
-    calls: list[str] = []
-    left, right = socket.socketpair()
-    with left, right:
-        loop.watch(left.fileno(), msmtpd.WRITE, FakeTask(loop, "bad", calls))
-        loop.watch(right.fileno(), msmtpd.WRITE, FakeTask(loop, "good", calls))
-        loop.turn()
-    assert sorted(calls) == ["bad crashed", "bad ready 2", "good ready 2"]
-    sink = loop._log._sink
-    assert isinstance(sink, ListSink)
-    lines = sink.lines
-    assert lines[0].startswith("error: unexpected ValueError: deliberate; ") and lines[-1].endswith(" in ready")
 
 
 # ---- Command line ----------------------------------------------------------
@@ -2950,7 +2910,6 @@ HELO = b"HELO x\r\n"
 ENVELOPE = b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n"
 DATA = HELO + ENVELOPE + b"DATA\r\n"
 IN_DATA = [220, 250, 250, 250, 354]  # what DATA is answered with
-MINUTE = 60.0
 
 
 def mail_to(recipient: str) -> bytes:
@@ -3050,21 +3009,6 @@ def test_patience_is_short_after_a_long_delivery_too(world: World) -> None:
     assert client.hear() == [421]
 
 
-def test_three_hundred_silent_clients_keep_nobody_out(world: World) -> None:
-    port = world.listen()
-    silent = [world.connect(port) for _ in range(300)]
-    assert len(world.server.connections) == msmtpd.MAX_SESSIONS == 256
-    real = world.connect(port)
-    began = world.now
-    while not (greeting := real.hear()) and world.now < began + MINUTE:
-        world.wait(0.5)
-        world.turn(60)  # in each of them one client is accepted
-    assert greeting == [220] and world.now - began <= 15
-    assert real.say(HELO + mail_to("c@d")) == [250, 250, 250, 354]
-    world.end(0)
-    assert real.hear() == [250] and len(silent) == 300
-
-
 # Deadlines
 
 
@@ -3156,27 +3100,24 @@ def test_a_client_that_takes_its_last_replies_slowly_gets_them_all(world: World)
     assert (heard + client.read()).endswith(msmtpd.HELP + msmtpd.BYE)
 
 
-def test_a_flood_of_commands_stays_bounded_and_lets_others_have_their_turn(world: World) -> None:
+def test_a_flood_of_commands_stays_bounded_lets_others_have_their_turn_and_is_worked_off(world: World) -> None:
     """However much the client sends: one piece of input in memory, TURN_STEPS of work in a turn."""
-    client, commands = world.call(), b"NOOP\r\n" * 20000
-    connection = next(iter(world.server.connections))
+    client, commands, sent, heard = world.call(), b"NOOP\r\n" * 20000, 0, 0
+    (connection,) = world.server.connections
     client.read()
     for _ in range(200):
-        client.pump(commands)
+        sent += client.pump(commands[sent % 6 :])
         world.turn(1)
-        assert len(codes(client.read())) <= 2 * msmtpd.TURN_STEPS  # one when it is read, one with the rest
+        replies = client.hear()
+        heard += len(replies)
+        assert len(replies) <= 2 * msmtpd.TURN_STEPS  # one when it is read, one with the rest
         assert len(connection._session._input) <= 2 * msmtpd.RECEIVE_SIZE
     other = world.call()
     assert other.say(HELO + b"NOOP\r\n") == [220, 250, 250]
-
-
-def test_a_flood_is_worked_off_to_its_end(world: World) -> None:
-    client, heard = world.call(), 0
-    client.pump(b"NOOP\r\n" * 5000)
-    for _ in range(5000 // msmtpd.TURN_STEPS + 2):
+    for _ in range(sent // 6 // msmtpd.TURN_STEPS):
         world.turn(1)
         heard += len(client.hear())
-    assert heard == 5001
+    assert heard == sent // 6 > 10_000
 
 
 def test_a_client_that_reads_late_gets_every_reply(world: World) -> None:
