@@ -267,6 +267,8 @@ def mail_parameters(parameters: bytes) -> tuple[int, bool]:
 # said DATA.  After CRLF only CRLF.CRLF does: whoever lets LF.LF, CR.CR or the
 # like do too can have a second mail smuggled into the first (CVE-2023-51764).
 # After a bare LF, which only a person or a script types, LF.LF or LF.CRLF does.
+# After CR CR LF, which comes from a program that has its CRLF translated once more
+# and from no mail server, so does CRLF.CRCRLF, which such a one sends.
 #
 # What may be the beginning of an end, or of a stuffed dot, where a piece of
 # input was cut is held back until the next piece.
@@ -338,9 +340,12 @@ def unlinked_file(directory: str) -> int:
     return descriptor
 
 
-# What ends the data, the longest first.
-CRLF_ENDS = (b"\r\n.\r\n",)
-LF_ENDS = (b"\r\n.\r\n", b"\n.\r\n", b"\n.\n")
+# What ends the data, the longest first, by the end of the line that said DATA.
+ENDS_OF_DATA = {
+    b"\r\n": (b"\r\n.\r\n",),
+    b"\n": (b"\r\n.\r\n", b"\n.\r\n", b"\n.\n"),
+    b"\r\r\n": (b"\r\n.\r\r\n", b"\r\n.\r\n"),
+}
 
 _OUR_FIELD = b" (msmtpd) with "  # see received_field()
 
@@ -352,7 +357,7 @@ class MailData:
     the data is read and dropped, since the client can be answered only then.
     """
 
-    def __init__(self, spool: Spool, limit: int, crlf: bool) -> None:
+    def __init__(self, spool: Spool, limit: int, line_end: bytes) -> None:
         self.spool = spool
         self.size = 0  # octets as sent, without transparency and end of data
         self.failure: Reply | None = None
@@ -360,8 +365,8 @@ class MailData:
         self._hops = 0
         self._header: bytes | None = b"\n"  # the end of what has come of it, None once it is over
         self._limit = limit
-        self._ends = CRLF_ENDS if crlf else LF_ENDS
-        self._eol = b"\r\n" if crlf else b"\n"
+        self._ends = ENDS_OF_DATA[line_end]
+        self._eol = line_end[-2:]
         # A dot may be the very first octet: the data begin as if behind a line end.
         self._held = self._eol
         self._unsent = len(self._eol)  # octets of the text to come that are only this
@@ -484,22 +489,12 @@ class Credentials:
         self.mechanisms = dict(MECHANISMS)
         if not hasattr(hashlib, "pbkdf2_hmac"):  # a Python without OpenSSL
             del self.mechanisms[b"SCRAM-SHA-256"]
-        self._scram: tuple[bytes, bytes] | None = None
 
     def match(self, user: bytes, proof: bytes, expected: bytes) -> bool:
         """Compare in a time that tells nothing about where, or whether, which of them differs."""
         import hmac
 
         return hmac.compare_digest(prepare(user), self.user) & hmac.compare_digest(proof, expected)
-
-    def scram(self) -> tuple[bytes, bytes]:
-        """Return a salt and the salted password of RFC 5802, made at the first use."""
-        if self._scram is None:
-            import hashlib
-
-            salt = os.urandom(16)
-            self._scram = salt, hashlib.pbkdf2_hmac("sha256", self.prepared, salt, SCRAM_ITERATIONS)
-        return self._scram
 
 
 def prepare(text: bytes) -> bytes:
@@ -556,7 +551,8 @@ def auth_scram_sha_256(credentials: Credentials) -> Exchange:
         return hmac.new(key, message, "sha256").digest()
 
     header, first_bare, user, nonce = scram_client_first((yield b""))
-    salt, salted = credentials.scram()
+    salt = os.urandom(16)
+    salted = hashlib.pbkdf2_hmac("sha256", credentials.prepared, salt, SCRAM_ITERATIONS)
     nonce += fresh_nonce()
     server_first = b"r=%s,s=%s,i=%d" % (nonce, encode_base64(salt), SCRAM_ITERATIONS)
 
@@ -664,6 +660,18 @@ class Throttle:
 # _command() checks; the methods for the verbs refuse only arguments, by
 # raising Refused, and step() answers.  A refused command never ends the
 # session; QUIT, too many errors and a client that does not speak SMTP do.
+# Each refusal is a line in the log, with the command: step() sees to that too.
+
+
+def escape(text: bytes) -> str:
+    """Turn text from outside into printable ASCII, so that it forges neither a log line nor a terminal's commands."""
+    return "".join(c if " " <= c <= "~" and c != "\\" else f"\\x{ord(c):02x}" for c in text.decode("latin-1"))
+
+
+def printable(text: bytes) -> str:
+    """Escape, and cut."""
+    escaped = escape(text[:LOG_FIELD])
+    return escaped[:LOG_FIELD] + "..." * (len(escaped) > LOG_FIELD or len(text) > LOG_FIELD)
 
 
 class Note:
@@ -715,7 +723,7 @@ class Envelope:
         self.sender = sender  # the reverse-path, b"" for the null one
         self.utf8 = utf8
         self.recipients: list[bytes] = []  # forward-paths
-        self.tried = False  # whether there was any RCPT, accepted or not
+        self.tried = 0  # how many RCPT there were, accepted or not
 
 
 class Policy:
@@ -739,12 +747,21 @@ class Policy:
         self.ehlo_reply = b"".join(lines) + b"250 ENHANCEDSTATUSCODES\r\n"
 
 
-_TEXT = b"\t\r\n" + bytes(range(32, 127))  # what a command may begin with
-_TLS_HANDSHAKE = 22  # the first octet that a TLS client sends, RFC 8446 section 5.1
-
-# The methods that no form may use to reach us: a browser can be made to send
-# any body to a port of its own machine.
+_TLS_HANDSHAKE = b"\x16\x03"  # how what a TLS client sends begins, RFC 8446 section 5.1
+_STUN_COOKIE = b"\x21\x12\xa4\x42"  # RFC 8489 section 5
 HTTP_METHODS = b"GET HEAD POST PUT DELETE CONNECT OPTIONS TRACE PATCH PRI".split()
+
+
+def other_protocol(line: bytes, verb: bytes) -> str:
+    """Tell what a client does instead of SMTP: a browser can be made to send any text behind that."""
+    if verb in HTTP_METHODS or b" HTTP/" in line:
+        return "HTTP"
+    if verb == b"PROXY":
+        return "PROXY protocol"
+    return "STUN" if _STUN_COOKIE in line else "sends header lines" if verb.endswith(b":") else ""
+
+
+_SECRET = b"AUTH ..."  # what the log has of a command that may tell a password
 
 
 class Session:
@@ -765,13 +782,13 @@ class Session:
         self.data: MailData | None = None  # gets the next input
         self._deaf = False  # while a delivery runs, and after the end
         self._errors = 0  # since the last mail
-        self.last_refusal: Reply | None = b""  # the last one if the log has not had it; None once a mail is delivered
+        self._said = b""  # the last command, as far as the log may have it
         self._auth_failures = 0
         self._input = b""
         self._at = 0  # where the unread input begins
         self._ended = False  # nothing comes behind it
         self._overlong = False  # the rest of the line is to be skipped
-        self._line_ended_in_crlf = True
+        self._line_end = b""  # of the last line
 
     # Input and output
 
@@ -791,7 +808,8 @@ class Session:
                 actions = self._read_line() if self.data is None else self._read_data(self.data)
             except Refused as refused:
                 self._exchange = None
-                return self._negative(refused.reply, logged=False)
+                text = f"refused with {refused.reply[:-2].decode()}: {printable(self._said)}"
+                return [Note("warning", text), *self._negative(refused.reply)]
         return self._leave() if self._ended and not actions else actions
 
     def conclude(self, delivered: bool, reply: Reply) -> list[Action]:
@@ -799,9 +817,8 @@ class Session:
         self._end_transaction()
         self._deaf = False
         if not delivered:
-            return self._negative(reply, logged=True)
+            return self._negative(reply)
         self._errors = 0
-        self.last_refusal = None
         return [reply]
 
     def close(self) -> None:
@@ -814,9 +831,7 @@ class Session:
     def in_transaction(self) -> bool:
         return self.envelope is not None
 
-    def _negative(self, reply: Reply, logged: bool) -> list[Action]:
-        if self.last_refusal is not None:
-            self.last_refusal = b"" if logged else reply
+    def _negative(self, reply: Reply) -> list[Action]:
         if reply is not TOO_MANY_RECIPIENTS:  # which only asks for another mail
             self._errors += 1
         if self._errors < MAX_ERRORS:
@@ -841,27 +856,35 @@ class Session:
     # Readers: who gets the next input
 
     def _read_line(self) -> list[Action]:
-        in_auth = self._exchange is not None
-        if not in_auth and not self._overlong and self._input[self._at] not in _TEXT:
-            return self._not_smtp("TLS" if self._input[self._at] == _TLS_HANDSHAKE else "binary data")
-        line = self._take_line(MAX_AUTH_LINE if in_auth else MAX_COMMAND_LINE)
+        start = self._input[self._at : self._at + 2]
+        if not self._overlong and _TLS_HANDSHAKE.startswith(start):
+            return self._not_smtp("TLS") if start == _TLS_HANDSHAKE else []
+        line = self._take_line()
         if line is None:
             return []
-        line = line.replace(b"\t", b" ").rstrip(b" ")
-        return self._respond(line) if in_auth else self._command(line)
+        return self._command(line) if self._exchange is None else self._respond(line.strip())
 
     def _command(self, line: bytes) -> list[Action]:
-        verb, _, argument = line.partition(b" ")
-        command = VERBS.get(verb.upper())
+        verb, _, argument = line.replace(b"\t", b" ").rstrip(b" ").partition(b" ")
+        verb = verb.upper()
+        if line == b"\0" and not self._said and self._errors == 2:
+            verb = b"PROXY"  # its binary form begins with two empty lines and this one
+        self._remember(line, verb)
+        command = VERBS.get(verb)
         if command is None:
-            if verb.upper() in HTTP_METHODS or b" HTTP/" in line or verb.endswith(b":"):
-                return self._not_smtp("HTTP")
+            if what := other_protocol(line, verb):
+                return self._not_smtp(f"{what}: {printable(self._said)}")
             raise Refused(UNKNOWN_COMMAND)
         effect, conditions = command
         for holds, reply in conditions:
             if not holds(self):
                 raise Refused(reply)
         return effect(self, argument.strip())
+
+    def _remember(self, line: bytes, verb: bytes) -> None:
+        """Keep what the client says for the log, but nothing of AUTH, even where that has not been begun."""
+        secret = verb == b"AUTH" if verb in VERBS else b"AUTH" in line.upper() or self._said == _SECRET
+        self._said = _SECRET if secret else line
 
     def _not_smtp(self, what: str) -> list[Action]:
         return [Note("warning", f"client does not speak SMTP but {what}"), *self._end(orderly=False)]
@@ -877,18 +900,20 @@ class Session:
             self._deaf = True
             return [Deliver(self.envelope, data.spool, data.size)]
         self._end_transaction()
-        return [Note("error", data.trouble), *self._negative(data.failure, logged=True)]
+        return [Note("error", data.trouble), *self._negative(data.failure)]
 
-    def _take_line(self, limit: int) -> bytes | None:
+    def _take_line(self) -> bytes | None:
         """Take the next line, without its end; None while it is incomplete.
 
-        A line may end in LF alone.  One over the limit is dropped as it comes
-        and refused when its end has come.
+        A line may end in LF alone, or in CR CR LF.  One over the limit is
+        dropped as it comes and refused when its end has come.
         """
         end = self._input.find(b"\n", self._at) + 1
         line = self._input[self._at : end or None]
-        if len(line) > limit and (len(line) > MAX_AUTH_LINE or line[:5].upper() != b"AUTH "):
+        in_auth = self._exchange is not None or line[:5].upper() == b"AUTH "
+        if not self._overlong and len(line) > (MAX_AUTH_LINE if in_auth else MAX_COMMAND_LINE):
             self._overlong = True
+            self._remember(line[: LOG_FIELD + 1], b"")
         if end or self._overlong:
             self._at += len(line)
         if not end:
@@ -896,8 +921,9 @@ class Session:
         if self._overlong:
             self._overlong = False
             raise Refused(LINE_TOO_LONG)
-        self._line_ended_in_crlf = line.endswith(b"\r\n")
-        return line[:-2] if self._line_ended_in_crlf else line[:-1]
+        text = line.rstrip(b"\r\n")
+        self._line_end = line[len(text) :][-3:]
+        return text
 
     # Verbs: what each does once its conditions hold
 
@@ -921,12 +947,14 @@ class Session:
 
     def _rcpt(self, argument: bytes) -> list[Action]:
         assert self.envelope is not None
-        self.envelope.tried = True
+        self.envelope.tried += 1
         path, parameters = split_path(argument, b"TO:", RECIPIENT_SYNTAX)
         self._check_address(path, self.envelope.utf8, is_sender=False)
         if parameters:
             raise Refused(UNKNOWN_PARAMETER)
         if len(self.envelope.recipients) >= MAX_RECIPIENTS:
+            if self.envelope.tried > MAX_RECIPIENTS + MAX_ERRORS:  # the log has had enough of it
+                return [TOO_MANY_RECIPIENTS]
             raise Refused(TOO_MANY_RECIPIENTS)
         self.envelope.recipients.append(path)
         return [RECIPIENT_OK]
@@ -943,7 +971,7 @@ class Session:
         if not self.envelope.recipients:
             raise Refused(NO_VALID_RECIPIENTS if self.envelope.tried else NO_RECIPIENT)
         spool = self._open_spool(self.name, self._protocol(self.envelope))
-        self.data = MailData(spool, self._policy.max_size, self._line_ended_in_crlf)
+        self.data = MailData(spool, self._policy.max_size, self._line_end)
         return [START_MAIL]
 
     def _protocol(self, envelope: Envelope) -> str:
@@ -955,12 +983,6 @@ class Session:
     def _rset(self, argument: bytes) -> list[Action]:
         self._end_transaction()
         return [OK]
-
-    def _not_implemented(self, argument: bytes) -> list[Action]:
-        raise Refused(NOT_IMPLEMENTED)
-
-    def _quit(self, argument: bytes) -> list[Action]:
-        return [BYE, *self._end(orderly=True)]
 
     # Authentication
 
@@ -1002,7 +1024,7 @@ class Session:
             return [AuthResult(False, [AUTHENTICATED])]
         self._auth_failures += 1
         if self._auth_failures < MAX_AUTH_FAILURES:
-            then = self._negative(AUTH_FAILED, logged=True)
+            then = self._negative(AUTH_FAILED)
         else:
             then = [TOO_MANY_FAILURES, *self._end(orderly=False)]
         return [Note("warning", "authentication failed"), AuthResult(True, then)]
@@ -1017,6 +1039,7 @@ _AUTHENTICATED: Condition = (lambda s: s.authenticated, AUTH_REQUIRED)
 _NO_TRANSACTION: Condition = (lambda s: s.envelope is None, NESTED_MAIL)
 _TRANSACTION: Condition = (lambda s: s.envelope is not None, NO_SENDER)
 _AUTH_OFFERED: Condition = (lambda s: s._policy.credentials is not None, NOT_IMPLEMENTED)
+_NOT_OFFERED: Condition = (lambda s: False, NOT_IMPLEMENTED)
 _NOT_AUTHENTICATED: Condition = (lambda s: not s.authenticated, ALREADY_AUTHENTICATED)
 _AUTH_ALONE: Condition = (lambda s: s.envelope is None, AUTH_IN_TRANSACTION)
 
@@ -1031,9 +1054,9 @@ VERBS: Mapping[bytes, tuple[Effect, tuple[Condition, ...]]] = {
     b"NOOP": (lambda s, _: [OK], ()),
     b"HELP": (lambda s, _: [HELP], ()),
     b"VRFY": (lambda s, _: [NOT_VERIFIED], ()),
-    b"EXPN": (Session._not_implemented, ()),
-    b"STARTTLS": (Session._not_implemented, ()),
-    b"QUIT": (Session._quit, ()),
+    b"EXPN": (Session._rset, (_NOT_OFFERED,)),
+    b"STARTTLS": (Session._rset, (_NOT_OFFERED,)),
+    b"QUIT": (lambda s, _: [BYE, *s._end(orderly=True)], ()),
 }
 
 
@@ -1226,13 +1249,6 @@ def last_lines(output: bytes, utf8: bool) -> list[str]:
 LOG_MAIL = 2 << 3  # RFC 5424 section 6.2.1, as are these:
 SEVERITIES = {"info": 6, "warning": 4, "error": 3}
 SYSLOG_SOCKETS = ("/dev/log", "/var/run/log", "/var/run/syslog")  # of Linux, the BSDs, macOS
-
-
-def printable(text: bytes) -> str:
-    """Escape to printable ASCII, and cut."""
-    characters = text[:LOG_FIELD].decode("latin-1")
-    escaped = "".join(c if " " <= c <= "~" and c != "\\" else f"\\x{ord(c):02x}" for c in characters)
-    return escaped[:LOG_FIELD] + "..." * (len(escaped) > LOG_FIELD or len(text) > LOG_FIELD)
 
 
 class Log:
@@ -1903,8 +1919,6 @@ class Connection(Task):
         if self._phase == CLOSED:
             return
         self._phase = CLOSED
-        if self._session.last_refusal:
-            self.log("warning", "ended without a mail, last refusal: " + printable(self._session.last_refusal[:-2]))
         self._replies.clear()
         self._session.close()
         self._server.loop.watch(self._reader, 0, self)
@@ -2583,13 +2597,12 @@ def listed_descriptors() -> list[int]:
 
 
 def name_process() -> None:
-    """Be msmtpd, not python3, for ps, pgrep, monit and their like; where that is not Linux, it stays as it is."""
+    """Be msmtpd, not python3, for pgrep, monit and their like."""
     try:
-        name = os.open("/proc/self/comm", os.O_WRONLY)
-        os.write(name, b"msmtpd")
-        os.close(name)
+        with open("/proc/self/comm", "wb", 0) as name:
+            name.write(b"msmtpd")
     except OSError:
-        pass
+        pass  # not Linux
 
 
 def passed_sockets() -> list[socket.socket]:

@@ -226,6 +226,7 @@ def play(text: str, policy: msmtpd.Policy | None = None, outcome: bytes = msmtpd
         if lines[-2:-1] == ["C."]:
             other.end()
         assert matches(expected, other.events), f"in pieces: {other.events} is not {expected}"
+        assert (other.notes, other.pauses) == (peer.notes, peer.pauses)
     return peer
 
 
@@ -385,10 +386,10 @@ def test_parameters_of_mail(text: str, expected: tuple[int, bool] | str) -> None
 # ---- Mail data -------------------------------------------------------------
 
 
-def decode(octets: bytes, crlf: bool, pieces: Iterable[int] = ()) -> tuple[bytes, bytes] | None:
+def decode(octets: bytes, line_end: bytes, pieces: Iterable[int] = ()) -> tuple[bytes, bytes] | None:
     """Feed octets, cut at the given places: (content, what follows the end), None without an end."""
     spool = msmtpd.Spool()
-    data = msmtpd.MailData(spool, 10**6, crlf)
+    data = msmtpd.MailData(spool, 10**6, line_end)
     cuts = [0, *pieces, len(octets)]
     for begin, end in zip(cuts, cuts[1:]):
         if begin < end:
@@ -421,7 +422,7 @@ MAIL_DATA = [  # octets after DATA, what the command gets, what follows the end;
 def test_mail_data_is_decoded_however_it_is_cut(octets: bytes, content: bytes, rest: bytes) -> None:
     places = range(1, min(len(octets), 60))
     for pieces in [(), tuple(places), *((place,) for place in places)]:
-        found = decode(octets, True, pieces)
+        found = decode(octets, b"\r\n", pieces)
         assert found is not None and found[0] == content
         assert rest.startswith(found[1])  # the rest may not have come yet
 
@@ -442,42 +443,47 @@ def test_only_crlf_dot_crlf_ends_the_data_of_a_crlf_session(fake: bytes) -> None
     octets = fake + b"\r\nMAIL FROM:<evil@x>\r\n.\r\nNOOP\r\n"
     content = fake.replace(b"\r\n.", b"\r\n").replace(b"\r\n", b"\n") + b"\nMAIL FROM:<evil@x>\n"
     for place in range(len(octets) - 6):
-        assert decode(octets[:-6], True, (place,)) == (content, b"")
-    assert decode(octets, True) == (content, b"NOOP\r\n")
+        assert decode(octets[:-6], b"\r\n", (place,)) == (content, b"")
+    assert decode(octets, b"\r\n") == (content, b"NOOP\r\n")
 
 
-LF_MAIL_DATA = [
-    (b".\n", b"", b""),
-    (b"a\n.\nQUIT\n", b"a\n", b"QUIT\n"),
-    (b"..\n.\n", b".\n", b""),
-    (b"a\r\n.\r\nQUIT\r\n", b"a\n", b"QUIT\r\n"),
-    (b"a\r\n.\n", b"a\n", b""),
-    (b"a\n.\r\n", b"a\n", b""),
-    (b"a\n.b\n.\n", b"a\nb\n", b""),
+OTHER_MAIL_DATA = [  # the end of the line that said DATA, then as above
+    (b"\n", b".\n", b"", b""),
+    (b"\n", b"a\n.\nQUIT\n", b"a\n", b"QUIT\n"),
+    (b"\n", b"..\n.\n", b".\n", b""),
+    (b"\n", b"a\r\n.\r\nQUIT\r\n", b"a\n", b"QUIT\r\n"),
+    (b"\n", b"a\r\n.\n", b"a\n", b""),
+    (b"\n", b"a\n.\r\n", b"a\n", b""),
+    (b"\n", b"a\n.b\n.\n", b"a\nb\n", b""),
+    (b"\r\r\n", b".\r\r\n", b"", b""),
+    (b"\r\r\n", b"a\r\r\n..\r\r\n.\r\r\nQUIT\r\r\n", b"a\r\n.\r\n", b"QUIT\r\r\n"),
+    (b"\r\r\n", b"a\n.\nb\r\n.\n\r.\r\n.\r\n", b"a\n.\nb\n\n\r.\n", b""),
 ]
 
 
-@pytest.mark.parametrize("octets, content, rest", LF_MAIL_DATA)
-def test_a_session_typed_with_bare_lf_ends_its_data_with_them(octets: bytes, content: bytes, rest: bytes) -> None:
+@pytest.mark.parametrize("line_end, octets, content, rest", OTHER_MAIL_DATA)
+def test_a_session_with_other_line_ends_ends_its_data_with_them(
+    line_end: bytes, octets: bytes, content: bytes, rest: bytes
+) -> None:
     for place in range(len(octets) - len(rest)):
-        assert decode(octets, False, (place,)) == (content, rest)
+        assert decode(octets, line_end, (place,)) == (content, rest)
 
 
 def test_a_cut_anywhere_changes_nothing() -> None:
     """Every sequence of up to four of these octets, whole against cut at every place."""
-    for crlf, length in itertools.product((True, False), range(1, 5)):
+    for line_end, length in itertools.product(msmtpd.ENDS_OF_DATA, range(1, 5)):
         for letters in itertools.product(b"\r\n.x", repeat=length):
             octets = bytes(letters) + b"\r\n.\r\n"
-            whole = decode(octets, crlf)
+            whole = decode(octets, line_end)
             assert whole is not None
             for place in range(1, len(octets)):
-                cut = decode(octets, crlf, (place,))
+                cut = decode(octets, line_end, (place,))
                 assert cut is not None and cut[0] == whole[0]
 
 
 def test_the_size_limit_is_found_while_reading_and_the_data_are_read_to_their_end() -> None:
     spool = msmtpd.Spool()
-    data = msmtpd.MailData(spool, 10, True)
+    data = msmtpd.MailData(spool, 10, b"\r\n")
     assert data.feed(b"12345678\r\n") == -1 and data.failure is None
     assert data.feed(b"9\r\n.\r\n") == 0
     assert data.failure == msmtpd.MAIL_TOO_BIG
@@ -487,7 +493,7 @@ def test_the_size_limit_is_found_while_reading_and_the_data_are_read_to_their_en
 def test_a_mail_that_has_passed_too_often_is_a_loop() -> None:
     field = msmtpd.received_field(b"x", "127.0.0.1", "127.0.0.1", "ESMTP", 0).replace(b"\n", b"\r\n")
     for hops, failure in ((msmtpd.MAX_HOPS, None), (msmtpd.MAX_HOPS + 1, msmtpd.MAIL_LOOP)):
-        data = msmtpd.MailData(msmtpd.Spool(), 10**6, True)
+        data = msmtpd.MailData(msmtpd.Spool(), 10**6, b"\r\n")
         assert data.feed(field * hops + b"\r\n.\r\n") == 0
         assert data.failure == failure
     assert msmtpd.MAX_HOPS < msmtpd.MAX_COMMANDS
@@ -499,7 +505,7 @@ def test_a_loop_is_seen_in_the_header_alone_however_it_is_cut(eol: bytes) -> Non
     mails = {b"A: b" + eol + fields + eol: msmtpd.MAIL_LOOP, b"A: b" + eol + eol + fields: None, eol + fields: None}
     for mail, failure in mails.items():
         for cut in range(len(mail)):
-            data = msmtpd.MailData(msmtpd.Spool(), 10**6, eol == b"\r\n")
+            data = msmtpd.MailData(msmtpd.Spool(), 10**6, eol)
             assert data.feed(mail[:cut]) == -1 and data.feed(mail[cut:] + b"." + eol) == 0
             assert data.failure == failure
 
@@ -565,7 +571,7 @@ def test_a_spool_finds_a_way_where_pipes_are_small(monkeypatch: pytest.MonkeyPat
 
 def test_a_spool_that_cannot_be_written_fails_the_mail_and_only_the_mail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", "/nowhere")
-    data = msmtpd.MailData(msmtpd.Spool(), 10**6, True)
+    data = msmtpd.MailData(msmtpd.Spool(), 10**6, b"\r\n")
     assert data.feed(b"x" * 40_000) == -1
     assert data.feed(b"x" * 40_000 + b"\r\n.\r\nNOOP\r\n") == 6
     assert data.failure == msmtpd.SPOOL_FAILED
@@ -663,7 +669,7 @@ def test_an_exchange_succeeds_fails_or_is_malformed(code: str, exchange: str) ->
     success = f"LOGIN\nC: {JOE} -> 503 5.5.1 Already..." if code[0] == "5" else f"C: {JOE} -> 503 5.5.1 Already..."
     peer = play_auth(f"{exchange}\nS: {code}...\n{before_login}{success}")
     assert peer.pauses == [True] * (code[:3] == "535") + [False]
-    assert peer.notes == ["authentication failed"] * (code[:3] == "535")
+    assert peer.notes.count("authentication failed") == (code[:3] == "535")
 
 
 def test_the_third_failure_ends_the_session() -> None:
@@ -783,6 +789,7 @@ def test_user_and_password_may_be_written_in_more_ways_than_one(
     """Configured raw or prepared, sent raw or prepared; but a SCRAM client has to prepare the password."""
     monkeypatch.setattr(os, "urandom", bytes)
     monkeypatch.setattr(time, "time", lambda: 1.5)
+    monkeypatch.setattr(msmtpd, "SCRAM_ITERATIONS", 1)
     prepared = PREPARED[raw]
     for ours, user, password in itertools.product((raw, prepared), (raw, prepared), (raw, prepared, raw + "x")):
         policy = msmtpd.Policy(credentials=msmtpd.Credentials(ours, ours.encode()))
@@ -795,7 +802,7 @@ def test_user_and_password_may_be_written_in_more_ways_than_one(
             steps = [challenge, f"{user} {hmac.new(password.encode(), challenge.encode(), 'md5').hexdigest()}"]
         else:
             client = ScramClient(user, PREPARED.get(password, password))
-            server = f"r=fyko+d2lbbFgONRv9qkxdawL{'0' * 32},s={b64(bytes(16))},i=4096"
+            server = f"r=fyko+d2lbbFgONRv9qkxdawL{'0' * 32},s={b64(bytes(16))},i=1"
             steps = ["", client.first().decode(), server, client.final(server.encode()).decode()]
         lines = [f"{'CS'[i % 2 == 0]}: {'334 ' * (i % 2 == 0)}{b64(step.encode())}" for i, step in enumerate(steps)]
         wrong = password == raw + "x" or (mechanism == "CRAM-MD5" and password == raw and ours != raw)
@@ -957,6 +964,33 @@ DIALOGUES = {
         C|QUIT\\n
         BYE
         """,
+    "a program whose CR LF is translated to CR CR LF": """
+        C|HELO x\\r\\r\\n
+        S: 250 localhost
+        C|NOOP\\r\\r\\n
+        S: 250 2.0.0 Ok
+        C|\\r\\r\\n
+        S: 500 5.5.2 Command not recognized
+        C|MAIL FROM:<a@b>\\r\\r\\n
+        S: 250 2.1.0 Ok
+        C|RCPT TO:<c@d>\\r\\r\\n
+        S: 250 2.1.5 Ok
+        C|DATA\\r\\r\\n
+        S: 354 Send data
+        C|x\\r\\r\\n.\\r\\r\\n
+        D: <a@b> <c@d> | x\\r\\n
+        PIPED
+        MAIL
+        RCPT
+        DATA
+        C|x\\r\\r\\n.\\r\\r\\n
+        C: .
+        D: <a@b> <c@d> | x\\r\\n\\r\\n
+        PIPED
+        C|QUIT\\r\\r\\n
+        S: 221 2.0.0 Bye
+        X:
+        """,
     "addresses with SMTPUTF8": """
         HELO
         C: MAIL FROM:<jörg@x> -> 553 5.6.7 Address needs SMTPUTF8
@@ -1094,6 +1128,9 @@ def test_a_thousand_recipients_and_no_more() -> None:
     peer = Peer()
     peer.feed(b"HELO x\r\nMAIL FROM:<a@b>\r\n" + b"".join(b"RCPT TO:<r%d@x>\r\n" % i for i in range(1030)))
     assert peer.events[-31:] == ["S: 250 2.1.5 Ok"] + ["S: " + msmtpd.TOO_MANY_RECIPIENTS.decode().strip()] * 30
+    assert peer.notes == [
+        f"refused with 452 {msmtpd.TOO_MANY_RECIPIENTS[4:-2].decode()}: RCPT TO:<r{i}@x>" for i in range(1000, 1020)
+    ]
     peer.feed(b"DATA\r\n.\r\n")
     assert len(peer.mails[0].recipients) == 1000
 
@@ -1128,7 +1165,8 @@ def test_twenty_errors_without_a_mail_end_the_session() -> None:
         "S: 421 4.7.0 Too many errors, closing connection",
         "X:",
     ]
-    assert peer.closed is False and peer.notes == ["too many errors"]
+    assert peer.closed is False and peer.notes[39:] == ["too many errors"]
+    assert peer.notes[:39] == ["refused with 500 5.5.2 Command not recognized: FOO"] * 39
 
 
 def test_twenty_refused_mails_end_the_session_too() -> None:
@@ -1138,36 +1176,91 @@ def test_twenty_refused_mails_end_the_session_too() -> None:
 
 
 SMUGGLED = "EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\nspam\r\n.\r\nQUIT\r\n"
-NOT_SMTP = [
-    f"GET / HTTP/1.1\r\nHost: localhost:25\r\n\r\n{SMUGGLED}",
-    f"POST / HTTP/1.1\r\nHost: localhost:25\r\nContent-Type: text/plain\r\n\r\n{SMUGGLED}",
-    f"PUT / HTTP/1.0\r\n\r\n{SMUGGLED}",
-    f"post /\r\n\r\n{SMUGGLED}",
-    f"OPTIONS * HTTP/1.1\r\n\r\n{SMUGGLED}",
-    f"PROPFIND / HTTP/1.1\r\n\r\n{SMUGGLED}",
-    f"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n{SMUGGLED}",
-    f"CONNECT localhost:25 HTTP/1.1\r\n\r\n{SMUGGLED}",
-    f"Host: localhost\r\n\r\n{SMUGGLED}",
-    f"Received: from x\r\n{SMUGGLED}",
-    f"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n{SMUGGLED}",
-    "\x16\x03\x01",
-    f"\x00\r\n{SMUGGLED}",
-    f"\x80\x2e\x01\x03\x01{SMUGGLED}",
-    f"\x05\x01\x00{SMUGGLED}",
-    f"\xff\xfd\x18{SMUGGLED}",
-]
+NOT_SMTP = {  # and what the log says of it
+    "GET / HTTP/1.1\r\nHost: localhost:25\r\n\r\n": "HTTP: GET / HTTP/1.1",
+    "POST / HTTP/1.1\r\nHost: localhost:25\r\nContent-Type: text/plain\r\n\r\n": "HTTP: POST / HTTP/1.1",
+    "PUT / HTTP/1.0\r\n\r\n": "HTTP: PUT / HTTP/1.0",
+    "post /\r\n\r\n": "HTTP: post /",
+    "OPTIONS * HTTP/1.1\r\n\r\n": "HTTP: OPTIONS * HTTP/1.1",
+    "PROPFIND / HTTP/1.1\r\n\r\n": "HTTP: PROPFIND / HTTP/1.1",
+    "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n": "HTTP: PRI * HTTP/2.0",
+    "CONNECT localhost:25 HTTP/1.1\r\n\r\n": "HTTP: CONNECT localhost:25 HTTP/1.1",
+    "\xef\xbb\xbfGET / HTTP/1.1\r\n\r\n": "HTTP: \\xef\\xbb\\xbfGET / HTTP/1.1",
+    "Host: localhost\r\n\r\n": "sends header lines: Host: localhost",
+    "Subject: \x1b[2J\r\n\r\n": "sends header lines: Subject: \\x1b[2J",
+    "PROXY TCP4 192.0.2.1 192.0.2.2 4711 25\r\n": "PROXY protocol: PROXY TCP4 192.0.2.1 192.0.2.2 4711 25",
+    "\0\x01\0\x50\x21\x12\xa4\x42abc\r\n": "STUN: \\x00\\x01\\x00P!\\x12\\xa4Babc",
+    "\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03\r\n": "TLS",
+    "\x16\x03\x01": "TLS",
+}
 
 
 @pytest.mark.parametrize("octets", NOT_SMTP)
-def test_what_is_not_smtp_is_closed_at_once_without_a_word(octets: str) -> None:
-    data = octets.encode("latin-1")
-    for cut in range(len(data)):
+@pytest.mark.parametrize("before", ["", "NOOP\n", "HELO\nLOGIN\nMAIL\nRCPT\n"])
+def test_what_is_not_smtp_is_closed_at_once_without_a_word(before: str, octets: str) -> None:
+    peer = play(f"{before}C|{octets.encode('unicode_escape').decode()}{SMUGGLED!r}\nX:".replace("'", ""), AUTH_POLICY)
+    assert peer.notes == [f"client does not speak SMTP but {NOT_SMTP[octets]}"]
+
+
+def test_the_binary_proxy_protocol_is_known_by_its_third_line() -> None:
+    text = "C:\nS: 500 5.5.2 ...\nC:\nS: 500 5.5.2 ...\nC|\\0\\r\\nQUIT\\n\\x21\\x11\\0\\x0c\nX:"
+    assert play(text).notes[-1] == "client does not speak SMTP but PROXY protocol: \\x00"
+
+
+def test_nothing_of_a_tls_record_is_obeyed_in_an_authentication_either() -> None:
+    play(f"EHLO\nC: AUTH LOGIN -> 334 ...\nC|\\x16\\x03\\x01\\r\\n{JOE}\\r\\n\nX:", AUTH_POLICY)
+
+
+@pytest.mark.parametrize(
+    "octets",
+    [r"\xef\xbb\xbf", r"\xd6", r"\0", r"\x08", r"\xff\xfd\x18", r"\x16", r"\x05\x01\0", r"\x80.\x01\x03\x01", " "],
+)
+@pytest.mark.parametrize("command", ["", "NOOP", "EHLO x", "MAIL FROM:<x@y>"])
+def test_an_odd_octet_spoils_its_line_and_nothing_else(octets: str, command: str) -> None:
+    odd = f"C|{octets}{command}\\r\\n\nS: 500 5.5.2 Command not recognized\n"
+    peer = play(f"{odd}HELO\n{odd}MAIL\n{odd}RCPT\n{odd}DATA\nC: .\nD: <a@b> <c@d> |\nPIPED\n{odd}")
+    assert len(peer.notes) == 5
+
+
+REFUSED = {  # what a client says after HELO, and what the log has of it
+    "FOO\\tbar ": r"500 5.5.2 Command not recognized: FOO\x09bar ",
+    r"\x1b[31m\xe9\x5c": r"500 5.5.2 Command not recognized: \x1b[31m\xe9\x5c",
+    "x" * 600: "500 5.5.2 Command not recognized: " + "x" * 512 + "...",
+    "NOOP " + "x" * 4096: "500 5.5.2 Line too long: NOOP " + "x" * 507 + "...",
+    "STARTTLS": "502 5.5.1 Command not implemented: STARTTLS",
+    "mail from:<a b@c>": msmtpd.BAD_ADDRESS.decode().strip() + ": mail from:<a b@c>",
+    "MAIL FROM:<a@b> SIZE=999999999 AUTH=<>": "552 5.3.4 Mail is too big: MAIL FROM:<a@b> SIZE=999999999 AUTH=<>",
+    "RCPT TO:<c@d>": "503 5.5.1 Send MAIL first: RCPT TO:<c@d>",
+    "DATA": "503 5.5.1 Send MAIL first: DATA",
+    "AUTH PLAIN c2VjcmV0": "502 5.5.1 Command not implemented: AUTH ...",
+    "AUTH X\\r\\nc2VjcmV0": "502 5.5.1 Command not implemented: AUTH ...|500 5.5.2 Command not recognized: AUTH ...",
+    "auth login\\r\\nc2VjcmV0:": "502 5.5.1 Command not implemented: AUTH ...|sends header lines: AUTH ...",
+    r"\0AUTH PLAIN c2VjcmV0": "500 5.5.2 Command not recognized: AUTH ...",
+    " auth plain c2VjcmV0": "500 5.5.2 Command not recognized: AUTH ...",
+    "AUTH\\r\\nNOOP\\r\\nFOO": "502 5.5.1 Command not implemented: AUTH ...|500 5.5.2 Command not recognized: FOO",
+}
+
+
+@pytest.mark.parametrize("said", REFUSED, ids=range(len(REFUSED)))
+@pytest.mark.parametrize(
+    "before", ["", "HELO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n.\r\n"], ids=["first", "later"]
+)
+def test_a_refusal_is_one_log_line_with_the_command_but_nothing_secret(before: str, said: str) -> None:
+    octets = client_octets(f"C|HELO x\\r\\n{said}\\r\\n")
+    for cut in range(0, len(octets), 1 + len(octets) // 200):
         peer = Peer()
-        peer.feed(data[:cut])
-        peer.feed(data[cut:])
-        assert peer.events == ["X:"]
-        what = "TLS" if data[:1] == b"\x16" else "HTTP" if data[:1].isalpha() else "binary data"
-        assert len(peer.notes) == 1 and f"does not speak SMTP but {what}" in peer.notes[0]
+        for piece in (before.encode(), octets[:cut], octets[cut:]):
+            peer.feed(piece)
+        kinds = ("refused with ", "client does not speak SMTP but ")
+        assert "|".join(note.replace(kinds[0], "").replace(kinds[1], "") for note in peer.notes) == REFUSED[said]
+
+
+@pytest.mark.parametrize("exchange", [one for code, all_ in EXCHANGES.items() for one in all_ if code[0] == "5"])
+def test_nothing_of_an_authentication_is_logged(exchange: str) -> None:
+    """What the client sends behind an exchange that has failed may have been meant for it."""
+    peer = play(f"EHLO\n{exchange}\nS: 5...\nC: c2VjcmV0 -> 500 ...\nC: joe -> 500 ...", AUTH_POLICY)
+    assert peer.notes[0] == "authentication failed" or re.fullmatch("refused with 50[14] .*: AUTH ...", peer.notes[0])
+    assert peer.notes[1:] == ["refused with 500 5.5.2 Command not recognized: AUTH ..."] * 2
 
 
 def test_addresses_that_the_command_cannot_take_are_refused() -> None:
@@ -1242,7 +1335,7 @@ def fuzz_once(rng: random.Random) -> None:
         assert accepted == len(peer.mails) <= sum(event.startswith("S: 354") for event in replies)
         for mail in peer.mails:
             assert mail.recipients and mail.size <= policy.max_size
-        outcomes.append(replies)
+        outcomes.append((replies, peer.notes))
     assert outcomes[0] == outcomes[1], octets
 
 
@@ -2154,25 +2247,15 @@ def test_a_failed_login_is_logged_in_a_fixed_form_and_nothing_secret_is(start: S
         assert secret not in daemon.log()
 
 
-SESSIONS_WITHOUT_A_MAIL = [  # what the client says, how the log puts it
-    (b"EHLO x\r\nSTARTTLS\r\nQUIT\r\n", "502 5.5.1 Command not implemented"),
-    (b"EHLO x\r\nMAIL FROM:<a b>\r\n", msmtpd.BAD_ADDRESS.decode().strip()),
-    (b"EHLO x\r\nMAIL FROM:<a@b> SIZE=999999999\r\nQUIT\r\n", "552 5.3.4 Mail is too big"),
-    (b"EHLO x\r\nRSET\r\nQUIT\r\n", ""),
-    (b"FOO\r\n" + MAIL + b"QUIT\r\n", ""),
-    (b"FOO\r\n" + MAIL.replace(b"c@d", b"bad@d") + b"QUIT\r\n", ""),  # the mail's own line tells it
-    (MAIL.replace(b"c@d", b"bad@d") + b"FOO\r\n", "500 5.5.2 Command not recognized"),
-]
-
-
-def test_a_session_that_comes_to_nothing_leaves_its_last_refusal_in_the_log(start: Start) -> None:
-    daemon = start("--command=cat > /dev/null; test bad@d !=")
-    for octets, _ in SESSIONS_WITHOUT_A_MAIL:
-        daemon.talk(octets)
+def test_refusals_are_logged_in_every_session(start: Callable[..., Daemon]) -> None:
+    daemon = start("--command=cat > /dev/null; :")
+    daemon.talk(MAIL + b"MAIL FROM:<a b>\r\nRCPT TO:<c@d>\r\nDATA\r\nQUIT\r\n")
     daemon.stop()
-    logged = dict(re.findall(r"session (\d) \[127.0.0.1\]: ended without a mail, last refusal: (.*)", daemon.log()))
-    expected = {str(i): text for i, (_, text) in enumerate(SESSIONS_WITHOUT_A_MAIL, 1) if text}
-    assert logged == expected
+    assert re.findall(r"warning: session 1 \[127.0.0.1\]: refused with (\d+) .*: (.*)", daemon.log()) == [
+        ("553", "MAIL FROM:<a b>"),
+        ("503", "RCPT TO:<c@d>"),
+        ("503", "DATA"),
+    ]
 
 
 def test_signals_that_were_blocked_by_whoever_started_us_work(start: Start) -> None:
