@@ -1082,8 +1082,9 @@ VERBS: Mapping[bytes, tuple[Effect, tuple[Condition, ...]]] = {
 # descriptor 0 and a pipe to us as 1 and 2; no other descriptor, no ignored or blocked
 # signal.  What its exit status means to the client is in judge().
 
-# Those that can be reset; 32 belongs to the C library of DragonFly.  One that is left out costs two system calls.
-_SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, 32}
+# Those that can be reset, not what a C library keeps for itself.  One that is left out costs two system calls.
+_SIGNALS = {number for number in signal.valid_signals() if signal.getsignal(number) is not None}
+_SIGNALS -= {signal.SIGKILL, signal.SIGSTOP}
 _NO_SHELL_SYNTAX = _PLAIN + b"/%,: \t"
 _TO_BLANKS = bytes.maketrans(b"\n|&;()<>`{}", b" " * 11)
 _PARSERS = b"""busybox dbclient eval find ksh93 make msmtpq msmtp-enqueue.sh parallel plink runuser sem sg slogin
