@@ -101,7 +101,8 @@ RESERVED_DESCRIPTORS = 64  # not for sessions: commands, listeners, log
 RECEIVE_SIZE = 65536  # more makes malloc map and unmap memory at every receive
 SPOOL_MEMORY = 32768  # of a mail before it goes to a file; also fits into a pipe
 REPLY_BUFFER = 65536  # of replies not yet taken by the client, before we stop reading
-OUTPUT_TAIL = 4096  # of what the command prints, kept for reply and log
+OUTPUT_HEAD = 1024  # of what the command prints, kept for the log: the cause, before a script's source ...
+OUTPUT_TAIL = 3072  # ... or behind it
 MAX_PIPE = 1048576  # of a command's output in a pipe: 16 pages, which are of 64 KiB at most
 TURN_STEPS = 64  # of one session, before the others have their turn
 LOG_FIELD = 512  # characters of a client's or a command's text in a log line
@@ -218,12 +219,10 @@ def check_address(address: bytes, utf8: bool) -> None:
     A slash at the beginning, ``..`` and, where there is no domain, any slash
     or a leading ``+`` would name a file to ``cat >> box/%F`` or to mailx.
     """
-    misleading = address.startswith((b"-", b"#", b"~", b"/", b"@")) or b".." in address.split(b"/")
+    misleading = address[:1] in b"-#~/@" or address[-1:] == b"@" or b".." in address.split(b"/")
     if b"@" not in address:
-        misleading |= b"/" in address or address.startswith(b"+")
-    if misleading or address.endswith(b"@") or not 1 <= len(address) <= MAX_ADDRESS:
-        raise Refused(BAD_ADDRESS)
-    if address.translate(None, _ALLOWED + _NON_ASCII):
+        misleading |= b"/" in address or address[:1] == b"+"
+    if misleading or len(address) > MAX_ADDRESS or address.translate(None, _ALLOWED + _NON_ASCII):
         raise Refused(BAD_ADDRESS)
     if not utf8 and not address.isascii():
         raise Refused(NEEDS_SMTPUTF8)
@@ -397,14 +396,14 @@ class MailData:
         if self._header is not None:
             self._count_hops(self._header + text)
         if self.size > self._limit:
-            self._fail(MAIL_TOO_BIG, f"a mail is over the limit of {self._limit} octets")
+            self._fail(MAIL_TOO_BIG, f"Mail is over the limit of {self._limit} octets")
         elif self._hops > MAX_HOPS:
-            self._fail(MAIL_LOOP, f"a mail has passed msmtpd {self._hops} times")
+            self._fail(MAIL_LOOP, f"Mail has passed msmtpd {self._hops} times")
         else:
             try:
                 self.spool.write(text)
             except OSError as error:
-                self._fail(SPOOL_FAILED, f"cannot store a mail in TMPDIR: {error.strerror}")
+                self._fail(SPOOL_FAILED, f"Cannot store the mail in TMPDIR: {error.strerror}")
 
     def _count_hops(self, text: bytes) -> None:
         """Count our Received fields, up to the empty line that ends the header."""
@@ -579,9 +578,8 @@ def scram_client_first(message: bytes) -> tuple[bytes, bytes, bytes, bytes]:
     has it but sees that we have not says ``y`` (RFC 5802 section 6).
     """
     fields = message.split(b",")
-    if len(fields) < 4 or fields[0] not in (b"n", b"y") or fields[1][:2] not in (b"", b"a="):
-        raise Refused(AUTH_MALFORMED)
-    if fields[2][:2] != b"n=" or fields[3][:2] != b"r=" or len(fields[3]) == 2:
+    valid = len(fields) > 3 and fields[0] in (b"n", b"y") and fields[1][:2] in (b"", b"a=")
+    if not valid or fields[2][:2] != b"n=" or fields[3][:2] != b"r=" or len(fields[3]) == 2:
         raise Refused(AUTH_MALFORMED)
     user = fields[2][2:].replace(b"=2C", b",").replace(b"=3D", b"=")
     header = b",".join(fields[:2]) + b","
@@ -725,6 +723,15 @@ class Envelope:
         self.recipients: list[bytes] = []  # forward-paths
         self.tried = 0  # how many RCPT there were, accepted or not
 
+    def log_lines(self, outcome: str) -> list[str]:
+        """Return what the log says of the mail: every recipient, on as many lines as it takes."""
+        lists = [""]
+        for recipient in self.recipients:
+            lists += [""] * (len(lists[-1]) > LOG_FIELD)
+            lists[-1] += f",<{escape(recipient)}>"
+        first = f"mail from=<{escape(self.sender)}> to={lists[0][1:]} count={len(self.recipients)} {outcome}"
+        return [first, *(f"also to={more[1:]}" for more in lists[1:])]
+
 
 class Policy:
     """What every session of this process offers and accepts."""
@@ -827,10 +834,6 @@ class Session:
         self._at = 0
         self._end_transaction()
 
-    @property
-    def in_transaction(self) -> bool:
-        return self.envelope is not None
-
     def _negative(self, reply: Reply) -> list[Action]:
         if reply is not TOO_MANY_RECIPIENTS:  # which only asks for another mail
             self._errors += 1
@@ -843,7 +846,7 @@ class Session:
         return [Close(orderly)]
 
     def _leave(self) -> list[Action]:
-        if not self.in_transaction:
+        if self.envelope is None:
             return self._end(orderly=True)
         return [Note("warning", "client left in the middle of a mail"), *self._end(orderly=False)]
 
@@ -899,8 +902,9 @@ class Session:
         if data.failure is None:
             self._deaf = True
             return [Deliver(self.envelope, data.spool, data.size)]
+        lines = self.envelope.log_lines(f"size={data.size} reply={data.failure[:3].decode()} result={data.trouble}")
         self._end_transaction()
-        return [Note("error", data.trouble), *self._negative(data.failure)]
+        return [*(Note("error", line) for line in lines), *self._negative(data.failure)]
 
     def _take_line(self) -> bytes | None:
         """Take the next line, without its end; None while it is incomplete.
@@ -1229,14 +1233,14 @@ def failure_reply(code: bytes, text: str, output: bytes, utf8: bool) -> Reply:
     return b"".join(line.replace(b" ", b"-", 1) for line in lines[:-1]) + lines[-1]
 
 
-def last_lines(output: bytes, utf8: bool) -> list[str]:
+def last_lines(output: bytes, utf8: bool, most: int = MAX_OUTPUT_LINES) -> list[str]:
     """Return the last few lines of a command's output that are not blank, as printable text."""
     lines = []
     for line in output.decode(errors="replace").replace("\t", " ").splitlines():
         text = "".join(c if c.isprintable() and (utf8 or c.isascii()) else "?" for c in line).strip()
         if text:
             lines.append(text)
-    return lines[-MAX_OUTPUT_LINES:]
+    return lines[-most:]
 
 
 # ---- Log -------------------------------------------------------------------
@@ -1841,7 +1845,7 @@ class Connection(Task):
 
     def expire(self) -> None:
         if self._phase == OPEN:
-            self.log("warning" if self._session.in_transaction else "info", "client timed out")
+            self.log("warning" if self._session.envelope else "info", "client timed out")
             self._close(TIMED_OUT)
         elif self._phase == PAUSED:
             self._reopen()
@@ -1870,7 +1874,7 @@ class Connection(Task):
 
     def stop(self, now: bool) -> None:
         """End a session because the server stops: before its next mail, or `now`, but for a delivery."""
-        busy = self._session.in_transaction or (self._actions and len(self._replies) <= REPLY_BUFFER)
+        busy = self._session.envelope or (self._actions and len(self._replies) <= REPLY_BUFFER)
         if (self._phase == OPEN and (now or not busy)) or (self._phase == PAUSED and now):
             self._close(SHUTTING_DOWN)
 
@@ -1912,7 +1916,7 @@ class Connection(Task):
         if self._phase == DELIVERING:
             self._replies.clear()
             return
-        if self._session.in_transaction and self._phase == OPEN:
+        if self._session.envelope and self._phase == OPEN:
             self.log("warning", "client vanished in the middle of a mail")
         self._forget()
 
@@ -1936,7 +1940,7 @@ class Queue(Task):
         self.loop = loop
         self.log = log
         self.command = command
-        self.outputs = Outputs(loop)
+        self.outputs = Outputs(loop, log)
         self.running: set[Delivery] = set()
         self._waiting: list[Delivery] = []
         loop.add_timed(self)
@@ -2062,11 +2066,11 @@ class Delivery(Task):
         elif self._timed_out:
             # Even if it exits with 0 now: a script may do so when the program in it has been killed.
             late = f"Command was still running {DELIVERY_TIMEOUT:.0f} seconds after the mail"
-            self._fail(b"451 4.3.0", late, self._output.tail)
+            self._fail(b"451 4.3.0", late, self._output.kept)
         elif status == 0:
-            self._finish(True, DELIVERED, "Ok", b"")
+            self._finish(True, DELIVERED, "Ok", self._output.kept)
         else:
-            self._fail(*judge(status), self._output.tail)
+            self._fail(*judge(status), self._output.kept)
 
     def _fail(self, code: bytes, text: str, output: bytes) -> None:
         self._finish(False, failure_reply(code, text, output, self._mail.envelope.utf8), text, output)
@@ -2078,16 +2082,11 @@ class Delivery(Task):
         self._connection.conclude(delivered, reply)
 
     def _log(self, level: str, reply: Reply, text: str, output: bytes) -> None:
-        envelope = self._mail.envelope
-        recipients = printable(b",".join(b"<%s>" % recipient for recipient in envelope.recipients))
-        self._connection.log(
-            level,
-            f"mail from=<{printable(envelope.sender)}> to={recipients} count={len(envelope.recipients)}"
-            f" size={self._mail.size} reply={reply[:3].decode()} seconds={self._queue.loop.now - self._received:.3f}"
-            f" result={text}",
-        )
-        for line in last_lines(output, utf8=False):
-            self._connection.log(level, "command said: " + line[:LOG_FIELD])
+        seconds = self._queue.loop.now - self._received
+        outcome = f"size={self._mail.size} reply={reply[:3].decode()} seconds={seconds:.3f} result={text}"
+        said = ["command said: " + line[:LOG_FIELD] for line in last_lines(output, utf8=False, most=len(output))]
+        for line in self._mail.envelope.log_lines(outcome) + said:
+            self._connection.log(level, line)
 
     def _release(self) -> None:
         if self._output is not None:
@@ -2098,14 +2097,15 @@ class Delivery(Task):
 class Outputs:
     """Where what commands print goes, and those that print on after their command's end."""
 
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: Loop, log: Log) -> None:
         self.loop = loop
+        self.log = log
         self.mirror = -1  # our standard error, where nobody would see it else
         self.leftovers: list[Output] = []
 
 
 class Output(Task):
-    """What one command prints: a pipe, of which the tail is kept.
+    """What one command prints: a pipe, of which head and tail are kept.
 
     It is read after the command's end too, while another process can print into
     it: that would wait or die of SIGPIPE otherwise, with a mail perhaps that has
@@ -2113,7 +2113,7 @@ class Output(Task):
     """
 
     def __init__(self, outputs: Outputs) -> None:
-        self.tail = b""
+        self.kept = b""
         self._outputs = outputs
         # We keep the other end, or its EOF would wake us just before SIGCHLD does.
         self._reader, self.writer = os.pipe()
@@ -2125,12 +2125,15 @@ class Output(Task):
             self._close()
 
     def _read(self) -> bool:
-        """Keep the tail of what is printed; return whether more may come."""
+        """Keep head and tail of what is printed; return whether more may come."""
         try:
             data = os.read(self._reader, RECEIVE_SIZE)
         except BlockingIOError:
             return True
-        self.tail = (self.tail + data)[-OUTPUT_TAIL:]
+        text = self.kept + data
+        if len(text) > OUTPUT_HEAD + OUTPUT_TAIL:
+            text = text[:OUTPUT_HEAD] + b"\n...\n" + text[-OUTPUT_TAIL:]
+        self.kept = text
         if self._outputs.mirror >= 0:
             write_now(self._outputs.mirror, data)
         return bool(data)
@@ -2147,6 +2150,10 @@ class Output(Task):
             return
         self._outputs.leftovers.append(self)
         if len(self._outputs.leftovers) > MAX_LEFTOVERS:
+            text = (
+                f"commands have left more than {MAX_LEFTOVERS} processes behind that may print, the oldest is cut off"
+            )
+            self._outputs.log.write("warning", text + "; let them print to a file")
             self._outputs.leftovers[0]._close()
 
     def _close(self) -> None:

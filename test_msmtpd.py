@@ -1098,7 +1098,9 @@ def test_a_mail_over_the_limit_is_refused_behind_its_end_and_the_session_goes_on
     again, content = "MAIL RCPT DATA\nC: 0123456789\n", "0123456789\\n012345\\n"
     text = f"HELO\n{again}C: 0123456789\nC: .\nS: 552 5.3.4 Mail is too big\n"
     text += f"{again}C: 012345\nC: .\nD: <a@b> <c@d> | {content}\nPIPED"
-    assert play(text, msmtpd.Policy(max_size=20)).notes == ["a mail is over the limit of 20 octets"]
+    assert play(text, msmtpd.Policy(max_size=20)).notes == [
+        "mail from=<a@b> to=<c@d> count=1 size=24 reply=552 result=Mail is over the limit of 20 octets"
+    ]
 
 
 def test_a_refused_mail_ends_its_transaction_only() -> None:
@@ -3312,7 +3314,7 @@ def test_a_command_that_ignores_sigterm_is_killed_ten_seconds_later(world: World
 
     def stubborn() -> bool:
         world.turn()
-        return delivery._output is not None and b"kept me" in delivery._output.tail
+        return delivery._output is not None and b"kept me" in delivery._output.kept
 
     wait_until(stubborn)
     world.wait(600.1)
@@ -3345,6 +3347,51 @@ def test_the_reason_is_found_at_the_end_of_a_big_pipe(world: World) -> None:
     fcntl.fcntl(delivery._output.writer, set_pipe_size, msmtpd.MAX_PIPE)
     world.reap(delivery._pid)
     assert client.read().endswith(b"451 4.3.0 THE REASON\r\n") and not world.server.queue.outputs.leftovers
+
+
+LONG = "head -c 9000 /dev/zero | tr '\\0' x; echo"
+SAID = [  # what a command does, the lines that the log has of it, those that the client gets
+    ("echo queued as 4711; exit 0", ["queued as 4711"], []),
+    ("echo THE CAUSE; seq 30; exit 65", ["THE CAUSE", *map(str, range(1, 31))], ["26", "27", "28", "29", "30"]),
+    (f"echo THE CAUSE; {LONG}; exit 65", ["THE CAUSE", "x" * 512, "...", "x" * 512], ["...", "x" * 500]),
+    (f"{LONG}; echo THE CAUSE; exit 65", ["x" * 512, "...", "x" * 512, "THE CAUSE"], ["x" * 500, "THE CAUSE"]),
+]
+
+
+@pytest.mark.parametrize("command, logged, replied", SAID, ids=["success", "source", "long source", "cause behind"])
+def test_the_log_has_all_that_is_kept_of_the_output_and_the_reply_its_end(
+    world: World, command: str, logged: list[str], replied: list[str]
+) -> None:
+    client, delivery = world.deliver(f"{command}; :")
+    world.reap(delivery._pid)
+    level = "error" if replied else "info"
+    assert world.lines[-len(logged) :] == [f"{level}: session 1 [127.0.0.1]: command said: {line}" for line in logged]
+    assert [line[10:] for line in client.read().decode().splitlines()][-len(replied) or 1 :] == replied
+
+
+def test_every_recipient_is_in_the_log_on_as_many_lines_as_it_takes() -> None:
+    envelope = msmtpd.Envelope(b"\xe9" * 254, True)
+    envelope.recipients = [b"r%d@example.org" % i for i in range(900)] + [
+        b"%d" % i + b"\xe9" * 251 for i in range(100, 200)
+    ]
+    first, *more = envelope.log_lines("size=1")
+    assert first.startswith("mail from=<" + r"\xe9" * 254 + "> to=<r0@") and first.endswith("> count=1000 size=1")
+    assert all(line.startswith("also to=<") and line.endswith(">") and len(line) < 2000 for line in more)
+    found = re.findall(r"[=,]<([^>]*)>", first.partition("> to")[2] + "".join(more))
+    assert found == [recipient.decode("latin-1").replace("\xe9", r"\xe9") for recipient in envelope.recipients]
+    assert msmtpd.Envelope.log_lines(envelope, "")[1:] == more
+
+
+def test_a_seventeenth_process_that_is_left_behind_is_warned_of(world: World) -> None:
+    groups = []
+    for _ in range(msmtpd.MAX_LEFTOVERS + 1):
+        assert not world.logged("left more than")
+        delivery = world.deliver("sleep 1000 & :")[1]
+        groups.append(delivery._pid)
+        world.reap(delivery._pid)
+    assert world.logged("warning: commands have left more than 16 processes behind that may print") == 1
+    for group in groups:
+        os.killpg(group, signal.SIGKILL)
 
 
 def test_what_a_command_has_printed_when_it_ends_is_no_leftover(world: World) -> None:
@@ -3956,7 +4003,7 @@ class Stage:
         elif event == "the disk is full":
             with limited(self.daemon, resource.RLIMIT_FSIZE, 50_000):
                 self.client.sendall(b"x\r\n" * 70_000 + REST_OF_MAIL)
-                wait_until(lambda: "cannot store a mail" in self.daemon.log())
+                wait_until(lambda: "Cannot store the mail" in self.daemon.log())
         elif event == "SIGKILL":
             process.kill()
             process.wait()
@@ -4182,7 +4229,8 @@ LIMITS = [  # in the order of the manual page, with words of its text
     (msmtpd.THROTTLE_DELAY, "second by which"),
     (msmtpd.KEY_RING_TIMEOUT, "key ring"),
     (msmtpd.SPOOL_MEMORY, "kept in memory"),
-    (msmtpd.OUTPUT_TAIL, "of what a command prints"),
+    (msmtpd.OUTPUT_HEAD, "of what a command prints, the first"),
+    (msmtpd.OUTPUT_TAIL, "of what a command prints, the last"),
     (msmtpd.MAX_OUTPUT_LINES, "lines of it in a reply"),
     (msmtpd.MAX_REPLY_LINE, "octets in a line of a reply"),
 ]
@@ -4193,6 +4241,8 @@ def test_limits_in_the_manual() -> None:
     assert [int(number) for number, _ in documented] == [int(value) for value, _ in LIMITS]
     for (_, words), (_, text) in zip(LIMITS, documented):
         assert words in text
+
+    assert f"What the last {msmtpd.MAX_LEFTOVERS} such processes print" in section("THE COMMAND")
 
 
 def test_limits_in_the_readme() -> None:

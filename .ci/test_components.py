@@ -729,7 +729,7 @@ def test_a_full_disk_refuses_big_mails_for_now_and_nothing_else(
     assert codes(daemon.talk(big_mail(40_000)))[-1] == 452
     (tiny / "filler").unlink()
     assert codes(daemon.talk(big_mail(40_000)))[-1] == 250
-    assert daemon.log().count("cannot store a mail in TMPDIR: No space left") == 2
+    assert daemon.log().count("Cannot store the mail in TMPDIR: No space left") == 2
     assert os.listdir(tiny) == [] and "unexpected" not in daemon.log()
 
 
