@@ -2585,11 +2585,10 @@ def protect_descriptors(inetd: bool) -> bool:
     shared = inetd and not os.isatty(2) and (is_same(0, 2) or is_same(1, 2))
     if shared:
         os.dup2(null, 2)
-    listed = listed_descriptors()
+    before = listed_descriptors()
     os.close(null)
-    if listed == listed_descriptors():  # no /proc here, or one of the BSDs, which list the same whatever is open
-        listed = list(range(4096))
-    for descriptor in listed:
+    listed = listed_descriptors()  # the same where there is no /proc, and on the BSDs, whatever is open
+    for descriptor in listed if listed != before else range(4096):
         try:
             os.set_inheritable(descriptor, descriptor <= 2)
         except OSError:

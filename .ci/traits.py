@@ -3,7 +3,7 @@
     python3 .ci/traits.py freebsd msmtpd.py ARGUMENT...                       starts the program with them
     PYTHONPATH=.ci MSMTPD_TRAITS=freebsd python3 -m pytest -p traits ...      the same for tests in process
 
-TRAITS says what each does, SYSTEMS which belong together; several are joined by commas.
+TRAITS are single ones, SYSTEMS those of one system; several are joined by commas.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import sys
 from typing import Any, Callable
 
 SYSTEMS = {
-    "freebsd": "kqueue notmpfile nomore nosetsid devfd3 pipebuf512 noidentity",
-    "openbsd": "kqueue notmpfile nomore nosetsid devfd63 pipebuf512 noidentity noacceptconn spawn127",
-    "netbsd": "kqueue notmpfile nomore nosetsid devfd63 pipebuf512 noidentity fdset256",
-    "dragonfly": "kqueue notmpfile nomore nosetsid devfd3 pipebuf512 noidentity signal32",
-    "macos": "kqueue notmpfile nomore pipebuf512 noidentity noacceptconn",
+    "freebsd": "kqueue notmpfile nomore noquickack nosetsid devfd3 pipebuf512 noidentity",
+    "openbsd": "kqueue notmpfile nomore noquickack nosetsid devfd63 pipebuf512 noidentity noacceptconn spawn127",
+    "netbsd": "kqueue notmpfile nomore noquickack nosetsid devfd63 pipebuf512 noidentity fdset256",
+    "dragonfly": "kqueue notmpfile nomore noquickack nosetsid devfd3 pipebuf512 noidentity signal32",
+    "macos": "kqueue notmpfile nomore noquickack pipebuf512 noidentity noacceptconn",
     "pypy": "nospawn",
 }
 
@@ -52,12 +52,16 @@ class Kqueue(selectors.PollSelector):
         return [(key, one) for key, events in super().select(timeout) for one in (1, 2) if events & one]
 
 
-def without(module: Any, name: str) -> Callable[[], None]:
-    return lambda: vars(module).pop(name, None) and None
+def without(module: Any, *names: str) -> Callable[[], None]:
+    def trait() -> None:
+        for name in names:
+            delattr(module, name)
+
+    return trait
 
 
 def no_tmpfile() -> None:
-    vars(os).pop("O_TMPFILE", None)
+    del os.O_TMPFILE
     if "tempfile" in sys.modules:  # pytest's, which has looked for it already
         vars(sys.modules["tempfile"])["_O_TMPFILE_WORKS"] = False
 
@@ -111,11 +115,6 @@ def spawn(change: Callable[..., int]) -> Callable[[], None]:
     return trait
 
 
-def no_spawn() -> None:
-    for name in SPAWNS:
-        delattr(os, name)
-
-
 def no_setsid(real: Callable[..., int], *arguments: Any, setsid: bool = False, **options: Any) -> int:
     if setsid:
         raise NotImplementedError("posix_spawn: setsid unavailable on this platform")
@@ -164,18 +163,19 @@ TRAITS: dict[str, Callable[[], None]] = {
     "kqueue": lambda: setattr(selectors, "DefaultSelector", Kqueue),
     "notmpfile": no_tmpfile,
     "nomore": without(_socket, "MSG_MORE"),
+    "noquickack": without(_socket, "TCP_QUICKACK"),
     "pipebuf512": lambda: setattr(select, "PIPE_BUF", 512),
-    "nosetsid": spawn(no_setsid),
+    "nosetsid": spawn(no_setsid),  # posix_spawn cannot make a session
     "spawn127": spawn(exec_failure_is_exit_127),
-    "signal32": signal_32,
-    "nospawn": no_spawn,
-    "noacceptconn": no_accept_conn,
-    "noidentity": no_identity,
-    "devfd3": listed(3),
+    "signal32": signal_32,  # one that is valid, but cannot be reset
+    "nospawn": without(os, *SPAWNS),
+    "noacceptconn": no_accept_conn,  # SO_ACCEPTCONN cannot be asked for
+    "noidentity": no_identity,  # of pipes and sockets by fstat(2)
+    "devfd3": listed(3),  # what /dev/fd lists, whatever is open
     "devfd63": listed(64),
     "nodevfd": listed(0),
-    "fdset256": fd_set_256,
-    "nohashlib": no_hashlib,
+    "fdset256": fd_set_256,  # select(2) takes descriptors below 256
+    "nohashlib": no_hashlib,  # a Python without OpenSSL
 }
 
 
