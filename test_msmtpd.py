@@ -75,6 +75,11 @@ def b64(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
+def cells(text: str) -> list[str]:
+    """Split a table whose cells have three blanks or a line end between them."""
+    return [cell.replace(r"\n", "\n") for cell in re.split(r"\s{3,}", text.strip())]
+
+
 class Mail:
     """A delivery as the protocol core asks for it, without the Received field."""
 
@@ -232,69 +237,31 @@ def play(text: str, policy: msmtpd.Policy | None = None, outcome: bytes = msmtpd
 
 # ---- Paths -----------------------------------------------------------------
 
-PATHS = {  # argument of MAIL: the sender that the command gets, or the reply
-    "FROM:<a@b>": "a@b",
-    "FROM:<>": "",
-    "from:<a@b> SIZE=1 AUTH=<>": "a@b",
-    "FROM: <a@b>": "a@b",
-    "FROM:\t<a@b>": "a@b",
-    "FROM:a@b": "a@b",
-    "FROM: a@b SIZE=1": "a@b",
-    "FROM:root": "root",
-    "FROM:": "501 5.5.4",
-    "FROM": "501 5.5.4",
-    "<a@b>": "501 5.5.4",
-    "TO:<a@b>": "501 5.5.4",
-    "FROM: <": "501 5.1.3",
-    "FROM:<a@b": "501 5.1.3",
-    "FROM:a@b>": "501 5.1.3",
-    "FROM:<a@b>>": "501 5.1.3",
-    "FROM:<<a@b>": "501 5.1.3",
-    "FROM:<a@b>, <c@d>": "501 5.1.3",
-    "FROM:<Some Name <a@example.org>>": "501 5.1.3",
-    "FROM:Some Name <a@b>": "501 5.1.3",
-    'FROM:"Name" <a@b>': "501 5.1.3",
-    'FROM:"Some Name" <a@b>': "501 5.1.3",
-    'FROM:<"Name" <a@b>>': "501 5.1.3",
-    "FROM:<a@b> RET=HDRS": "555 5.5.4",
-    "FROM:<a@b> X-Y": "555 5.5.4",
-    # source routes
-    "FROM:<@x,@y:a@b>": "a@b",
-    'FROM:<@x:"a..b"@c>': "a..b@c",
-    "FROM:<@x:>": "553 5.1.3",
-    "FROM:<@x>": "553 5.1.3",
-    "FROM:<@x:@/etc/hostname>": "553 5.1.3",
-    # quotes
-    'FROM:<"shop..one"@example.org>': "shop..one@example.org",
-    'FROM:"a.@x"': "553 5.1.3",
-    'FROM:"a."@x SIZE=1': "a.@x",
-    'FROM:<"odd"@example.org>': "odd@example.org",
-    'FROM:<"root">': "root",
-    'FROM:<"a b"@c>': "553 5.1.3",
-    'FROM:<"a@b"@c>': "553 5.1.3",
-    'FROM:<"@x:a"@c>': "553 5.1.3",
-    'FROM:<"$(x)"@c>': "553 5.1.3",
-    'FROM:<"a\\.b"@c>': "553 5.1.3",
-    'FROM:<"-x"@y>': "553 5.1.3",
-    'FROM:<"/x"@y>': "553 5.1.3",
-    'FROM:<"jörg"@y>': "553 5.6.7",
-    'FROM:<"">': "553 5.1.3",
-    'FROM:<@x:"">': "553 5.1.3",
-    'FROM:<""@c>': "553 5.1.3",
-    'FROM:<"root>': "553 5.1.3",
-    'FROM:<root">': "553 5.1.3",
-    'FROM:<"a"b@c>': "553 5.1.3",
-    'FROM:<"a"."b"@c>': "553 5.1.3",
-    'FROM:<"a>b"@c>': "501 5.1.3",
+PATHS = {  # the sender that the command gets, or the reply; arguments of MAIL
+    "": "FROM:<>",
+    "root": 'FROM:root   FROM:<"root">',
+    "a@b": """
+        FROM:<a@b>   from:<a@b> SIZE=1 AUTH=<>   FROM: <a@b>   FROM:\t<a@b>   FROM:a@b   FROM: a@b SIZE=1
+        FROM:<@x,@y:a@b>   FROM:<@x:"a"@b>   FROM:<"a"@b>""",
+    "a..b@c": 'FROM:<@x:"a..b"@c>   FROM:<"a..b"@c>',
+    "a.@x": 'FROM:"a."@x SIZE=1',
+    "501 5.5.4": "FROM:   FROM   <a@b>   TO:<a@b>",
+    "501 5.1.3": """
+        FROM: <   FROM:<a@b   FROM:a@b>   FROM:<a@b>>   FROM:<<a@b>   FROM:<a@b>, <c@d>   FROM:Some Name <a@b>
+        FROM:<Some Name <a@b>>   FROM:"Name" <a@b>   FROM:"Some Name" <a@b>   FROM:<"Name" <a@b>>   FROM:<"a>b"@c>""",
+    "555 5.5.4": "FROM:<a@b> RET=HDRS   FROM:<a@b> X-Y",
+    "553 5.6.7": 'FROM:<"jörg"@y>',
+    "553 5.1.3": r"""
+        FROM:<@x:>   FROM:<@x>   FROM:<@x:@/etc/hostname>   FROM:<@x:"">   FROM:"a.@x"   FROM:<"a b"@c>   FROM:<"a@b"@c>
+        FROM:<"@x:a"@c>   FROM:<"$(x)"@c>   FROM:<"a\.b"@c>   FROM:<"-x"@y>   FROM:<"/x"@y>   FROM:<"">   FROM:<""@c>
+        FROM:<"root>   FROM:<root">   FROM:<"a"b@c>   FROM:<"a"."b"@c>""",
 }
 
 
-@pytest.mark.parametrize("argument", PATHS)
-def test_a_path_gives_a_sender_or_a_reason(argument: str) -> None:
-    outcome = PATHS[argument]
-    if not re.match(r"5\d\d ", outcome):
-        outcome = f"250 2.1.0 Ok\nRCPT DATA\nC: .\nD: <{PATHS[argument]}> <c@d> |\nPIPED"
-    play(f"HELO\nC: MAIL {argument} -> {outcome}" + "..." * (outcome[:1] == "5"))
+@pytest.mark.parametrize("outcome, argument", [(key, cell) for key, text in PATHS.items() for cell in cells(text)])
+def test_a_path_gives_a_sender_or_a_reason(outcome: str, argument: str) -> None:
+    mail = f"250 2.1.0 Ok\nRCPT DATA\nC: .\nD: <{outcome}> <c@d> |\nPIPED"
+    play(f"HELO\nC: MAIL {argument} -> {outcome + '...' if re.match('5.. ', outcome) else mail}")
 
 
 GOOD_ADDRESSES = ["a", "root", "a@b", "a@b@c", "a.b.@c.", "o'brien@x", "a+b=c/d@x", "u%v@x", "x!y", "?#*{}~^[]@x"]
@@ -607,10 +574,7 @@ EXCHANGES = {
         f"C: AUTH LOGIN \n{NAME}C: «joe» \t\n{PASSWORD}C: «secret» ",
     ],
     "535 5.7.8": [
-        "C: AUTH PLAIN «\0joe\0Secret»",
-        "C: AUTH PLAIN «\0jane\0secret»",
-        "C: AUTH PLAIN «joe\0\0secret»",
-        "C: AUTH PLAIN «\0joe\0»",
+        *[f"C: AUTH PLAIN «{wrong}»" for wrong in ("\0joe\0Secret", "\0jane\0secret", "joe\0\0secret", "\0joe\0")],
         f"C: AUTH LOGIN «joe»\n{PASSWORD}C: «joe»",
         f"C: AUTH LOGIN =\n{PASSWORD}C: «secret»",
         f"C: AUTH LOGIN\n{NAME}C: \n{PASSWORD}C: ",
@@ -618,28 +582,14 @@ EXCHANGES = {
         "C: AUTH CRAM-MD5 -> 334 ...\nC: ",
     ],
     "501 5": [
-        "C: AUTH PLAIN =",
-        "C: AUTH PLAIN joe",
-        "C: AUTH PLAIN AGpvZQBzZWNyZXQ",  # padding is missing
-        "C: AUTH PLAIN AGpvZQBzZWNyZXQ==",
-        "C: AUTH PLAIN AGpv*ZQBzZWNyZXQ=",
-        "C: AUTH PLAIN «joe»",
-        "C: AUTH PLAIN «\0\0joe\0secret»",
-        "C: AUTH PLAIN -> 334 \nC: !",
-        "C: AUTH PLAIN -> 334 \nC: *",
-        f"C: AUTH LOGIN\n{NAME}C: *",
-        f"C: AUTH LOGIN\n{NAME}C: =",
-        "C: AUTH",
-        "C: AUTH PLAIN a b",
-        "C: AUTH CRAM-MD5 AA==",
-        "C: AUTH SCRAM-SHA-256 =",
-        "C: AUTH SCRAM-SHA-256 «n,,n=joe»",
-        "C: AUTH SCRAM-SHA-256 «p=tls-unique,,n=joe,r=abc»",
-        "C: AUTH SCRAM-SHA-256 «n,x,n=joe,r=abc»",
-        "C: AUTH SCRAM-SHA-256 «n,,m=x,n=joe,r=abc»",
-        "C: AUTH SCRAM-SHA-256 «n,,n=joe,r=»",
-        f"{SCRAM_FIRST}C: =",
-        f"{SCRAM_FIRST}C: «c=biws,r=abc,p=AAAA»",
+        *cells("C: AUTH   C: AUTH PLAIN a b   C: AUTH CRAM-MD5 AA==   C: AUTH SCRAM-SHA-256 ="),
+        *[f"C: AUTH PLAIN {bad}" for bad in ("=", "joe", "«joe»", "AGpv*ZQBzZWNyZXQ=", "«\0\0joe\0secret»")],
+        *[f"C: AUTH PLAIN {padding}" for padding in ("AGpvZQBzZWNyZXQ", "AGpvZQBzZWNyZXQ==")],
+        *[f"C: AUTH PLAIN -> 334 \nC: {bad}" for bad in "!*"],
+        *[f"C: AUTH LOGIN\n{NAME}C: {bad}" for bad in "*="],
+        *[f"C: AUTH SCRAM-SHA-256 «n,,{bad}»" for bad in ("n=joe", "m=x,n=joe,r=abc", "n=joe,r=")],
+        *[f"C: AUTH SCRAM-SHA-256 «{bad},n=joe,r=abc»" for bad in ("p=tls-unique,", "n,x")],
+        *[f"{SCRAM_FIRST}C: {bad}" for bad in ("=", "«c=biws,r=abc,p=AAAA»")],
     ],
 }
 
@@ -1388,11 +1338,6 @@ def takes(text: str, address: str) -> str:
     return "".join("-+"[command.takes(address.encode(), is_sender)] for is_sender in (True, False))
 
 
-def commands(text: str) -> list[str]:
-    """Split a table of commands, which have three blanks or a line end between them."""
-    return [command.replace(r"\n", "\n") for command in re.split(r"\s{3,}", text.strip())]
-
-
 RULES = [  # commands, and whether their sender and their recipients may be any address (+) or must be plain (-)
     # rule 1
     ("++", """
@@ -1421,7 +1366,7 @@ RULES = [  # commands, and whether their sender and their recipients may be any 
 
 @pytest.mark.parametrize("expected, texts", RULES)
 def test_who_may_be_any_address_and_who_must_be_plain(expected: str, texts: str) -> None:
-    for text in commands(texts):
+    for text in cells(texts):
         assert {takes(text, address) for address in HOSTILE if address != "a=b@x"} == {expected}, text
         for address in ("a@b", "root", "a.b_c+d-e@x-y.example.org", "ü@x"):
             assert takes(text, address) == "++", (text, address)
@@ -1458,10 +1403,10 @@ GOOD_ENDS = """
 
 
 def test_recipients_are_not_run_as_a_command() -> None:
-    for text in commands(BAD_ENDS):
+    for text in cells(BAD_ENDS):
         with pytest.raises(msmtpd.StartupError, match="would be a command or input"):
             msmtpd.Command(text, {})
-    for text in commands(GOOD_ENDS):
+    for text in cells(GOOD_ENDS):
         msmtpd.Command(text, {})
 
 
