@@ -1259,8 +1259,9 @@ SYSLOG_SOCKETS = ("/dev/log", "/var/run/log", "/var/run/syslog")  # of Linux, th
 class Log:
     """Where the log goes: a sink, or nowhere."""
 
-    def __init__(self, sink: Sink | None = None) -> None:
+    def __init__(self, sink: Sink | None = None, on_stderr: bool = False) -> None:
         self._sink = sink
+        self.on_stderr = on_stderr  # who reads standard error has these lines, too
 
     @property
     def silent(self) -> bool:
@@ -2546,9 +2547,7 @@ def open_log(target: str, inetd: bool) -> Log:
         raise StartupError(f"option --log={target} would talk to the client; --log=stderr, syslog or a file will do")
     if target in STDOUT_NAMES + STDERR_NAMES:
         descriptor = 1 if target in STDOUT_NAMES else 2
-        status = os.fstat(descriptor)
-        journal = os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"  # see systemd.exec(5)
-        return Log(StreamSink(unshared(descriptor), journal))
+        return Log(StreamSink(unshared(descriptor), is_journal(descriptor)), os.path.sameopenfile(descriptor, 2))
     text = ""
     if target != "syslog":
         try:
@@ -2556,14 +2555,20 @@ def open_log(target: str, inetd: bool) -> Log:
         except OSError as error:
             text = f"cannot open log file {target!a}: {error.strerror}; logging to syslog"
     syslog = SyslogSink()
-    there, log = syslog.connect(), Log(syslog)
+    there, log = syslog.connect(), Log(syslog, on_stderr=is_journal(2))
     if text:
         log.write("error", text)
-    if text and not (inetd and there):
+    if text and not (there and (inetd or log.on_stderr)):
         complain(text)
     if not there:
         complain("warning: there is no syslog here; --log=stderr or a file would do")
     return log
+
+
+def is_journal(descriptor: int) -> bool:
+    """Tell whether systemd's journal reads this descriptor, see systemd.exec(5)."""
+    status = os.fstat(descriptor)
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
 def complain(text: str) -> None:
@@ -2716,7 +2721,7 @@ def serve_daemon(server: Server, options: Options, passed: list[socket.socket]) 
     for warning in (exposure(sockets, options), trouble):
         if warning:
             server.log.write("warning", warning)
-            if options.log not in STDERR_NAMES:
+            if not server.log.on_stderr:
                 complain("warning: " + warning)
     if server.log.silent:
         server.queue.outputs.mirror = unshared(2)

@@ -1623,6 +1623,20 @@ def test_a_log_that_is_not_where_it_should_be_is_complained_of(
             assert (b"cannot open log file" in daemon.recv(1000)) == (target != "syslog")
 
 
+@pytest.mark.parametrize("journal", [False, True])
+def test_who_reads_the_log_on_standard_error_is_told_once(
+    journal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    status, path = os.fstat(2), tmp_path / "socket"
+    monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino + (not journal)}")
+    monkeypatch.setattr(msmtpd, "SYSLOG_SOCKETS", [str(path)])
+    with syslog_daemon(path):
+        for target in ("none", "stderr", "stdout", "syslog", "/nowhere/log", str(tmp_path / "file")):
+            expected = target == "stderr" or (journal and target in ("syslog", "/nowhere/log"))
+            assert msmtpd.open_log(target, inetd=False).on_stderr == expected
+    assert bool(capfd.readouterr().err) == (not journal)
+
+
 def test_syslog_gets_facility_level_and_name_and_is_neither_waited_for_nor_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -4037,7 +4051,7 @@ def msmtpd_arguments(line: str) -> list[str] | None:
     except ValueError:
         return None  # a line of a program or a configuration file
     words = [word.strip("[],") for word in words]
-    if words[:1] in (["cp"], ["install"]):
+    if words[:1] in (["cp"], ["install"], ["check"]):  # the last is monit's
         return None
     places = [i for i, word in enumerate(words) if re.search(r"(^|[/=])msmtpd(\.py)?$", word) and "--label" not in word]
     if not places:
