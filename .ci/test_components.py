@@ -866,25 +866,3 @@ def test_examples_survive_copying_from_the_terminal() -> None:
     for block in examples(MANUAL):
         for line in block.splitlines():
             assert line.strip() in text
-
-
-def test_units(tmp_path: Path) -> None:
-    """systemd understands the unit files, with Accept=yes too."""
-    analyze = need("systemd-analyze")
-    program = tmp_path / "msmtpd"
-    program.write_bytes((ROOT / "msmtpd.py").read_bytes())
-    program.chmod(0o755)
-    units = [unit.replace("/usr/local/bin/msmtpd", str(program)) for unit in examples(MANUAL) if "\n[" in f"\n{unit}"]
-    service, sockets, inetd = [next(unit for unit in units if key in unit) for key in ("Type=", "Listen", "Standard")]
-    per_session = re.sub(r"^(Type|ExecStart|KillMode|Restart)=.*\n", "", service, flags=re.M)
-    files = {
-        "msmtpd.service": service,
-        "msmtpd.socket": sockets,
-        "session@.service": per_session.replace("[Service]\n", inetd),
-        "session.socket": sockets.replace("[Socket]", "[Socket]\nAccept=yes"),
-    }
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    for name in files:
-        result = subprocess.run([analyze, "verify", tmp_path / name], capture_output=True, text=True)
-        assert result.stderr == ""
