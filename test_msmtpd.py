@@ -70,6 +70,13 @@ def wait_until(condition: Callable[[], Any], seconds: float = 15) -> Any:
     return value
 
 
+def proc(of: object = "self") -> Path:
+    """Return where Linux tells of a process; elsewhere the test is skipped."""
+    if not Path("/proc/self/stat").exists():
+        pytest.skip("what this test looks at is told by Linux only")
+    return Path(f"/proc/{of}")
+
+
 def b64(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
@@ -1447,7 +1454,7 @@ def test_the_command_gets_its_input_and_a_clean_place_to_run_in(posix_spawn: Non
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:
         assert Run("cat; :", stdin=b"mail").output == "mail"
-        masks = [int(word, 16) for word in Run("grep -E 'SigBlk|SigIgn' /proc/self/status; :").output.split()[1::2]]
+        masks = [int(word, 16) for word in Run(f"grep -E 'SigBlk|SigIgn' {proc()}/status; :").output.split()[1::2]]
         assert [number for number in signal.valid_signals() for mask in masks if mask >> (number - 1) & 1] == []
         # its own session and process group
         stat = "read -r pid name state parent group session rest < /proc/$$/stat"
@@ -1989,12 +1996,12 @@ class Daemon:
         return converse((self.host, self.port), octets)
 
     def descriptors(self) -> int:
-        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+        return len(os.listdir(proc(self.process.pid) / "fd"))
 
     def children(self) -> list[int]:
         """Return the process ids of the children, zombies too."""
         pid = self.process.pid
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return [int(child) for child in (proc(pid) / f"task/{pid}/children").read_text().split()]
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """End it by a signal, within the seconds that are granted to a drain, and return its status."""
@@ -2047,7 +2054,7 @@ def test_the_command_inherits_only_descriptors_0_to_2(listed: int | None, tmp_pa
     leaks = (70, 300, 1000)
     for leak in leaks:
         os.dup2(0, leak)
-    command = [*program, "--inetd", f"--command=ls /proc/self/fd > {tmp_path}/fds; :"]
+    command = [*program, "--inetd", f"--command=ls {proc()}/fd > {tmp_path}/fds; :"]
     subprocess.run(command, input=MAIL, stdout=subprocess.DEVNULL, pass_fds=leaks, check=True, timeout=20)
     for leak in leaks:
         os.close(leak)
@@ -2079,9 +2086,8 @@ def test_several_interfaces_and_their_addresses_in_the_received_field(start: Sta
     assert f"on 127.0.0.1 port {daemon.port}, ::1 port {daemon.port}, 127.0.0.2 port" in daemon.log()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no cheap way to say so")
 def test_the_process_is_called_msmtpd(start: Start) -> None:
-    assert Path(f"/proc/{start().process.pid}/comm").read_text() == "msmtpd\n"
+    assert (proc(start().process.pid) / "comm").read_text() == "msmtpd\n"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has abstract sockets")
@@ -3611,6 +3617,7 @@ def test_a_second_stop_ends_at_once_but_answers_a_mail_that_has_been_delivered(w
 @contextlib.contextmanager
 def limited(daemon: Daemon, what: int, value: int) -> Iterator[None]:
     """Set a resource limit of a running server for a while."""
+    proc(daemon.process.pid)  # prlimit(2) is Linux's, too
     soft, hard = resource.prlimit(daemon.process.pid, what)
     resource.prlimit(daemon.process.pid, what, (value, hard))
     yield
@@ -3619,13 +3626,13 @@ def limited(daemon: Daemon, what: int, value: int) -> Iterator[None]:
 
 def descriptors() -> int:
     gc.collect()  # other tests' sockets
-    return len(os.listdir("/proc/self/fd"))
+    return len(os.listdir(proc() / "fd"))
 
 
 def process_state(pid: int) -> tuple[str, int]:
     """Return a process's state and group, an empty state if it has gone."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = (proc(pid) / "stat").read_text().rpartition(")")[2].split()
     except OSError:
         return "", 0
     return fields[0], int(fields[2])
@@ -3637,7 +3644,7 @@ def zombies(pids: list[int]) -> list[int]:
 
 def group_members(group: int) -> list[int]:
     """Return the processes of a group that are alive."""
-    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    pids = [int(name) for name in os.listdir(proc().parent) if name.isdigit()]
     states = {pid: process_state(pid) for pid in pids}
     return [pid for pid, (state, of) in states.items() if of == group and state not in ("", "Z")]
 
@@ -3656,7 +3663,7 @@ def reset(sock: socket.socket) -> None:
 def idle_descriptors(daemon: Daemon) -> int:
     """Return how many descriptors a server has that has served a session, and has none now."""
     daemon.talk(b"NOOP\r\nQUIT\r\n")
-    directory = Path(f"/proc/{daemon.process.pid}/fd")
+    directory = proc(daemon.process.pid) / "fd"
     wait_until(lambda: sum(os.readlink(path).startswith("socket:") for path in directory.iterdir()) == 1)
     return daemon.descriptors()
 
@@ -3779,7 +3786,7 @@ def test_a_command_may_be_odd(start: Start, command: str) -> None:
 
 def memory_kib(pid: int) -> int:
     """Return the most memory that a process has had, in KiB."""
-    return int(re.findall(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[0])
+    return int(re.findall(r"VmHWM:\s+(\d+)", (proc(pid) / "status").read_text())[0])
 
 
 def half_close(sock: socket.socket) -> None:
