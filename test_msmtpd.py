@@ -538,6 +538,7 @@ RECEIVED = [
     ((b"x", "::1", "::1", "SMTP"), "from x ([IPv6:::1])", "[IPv6:::1]"),
     ((b"x", "", "", "ESMTPA"), "from x", "localhost"),
     ((b"[127.0.0.1]", "fe80::1%eth0", "", "SMTP"), "from [127.0.0.1] ([IPv6:fe80::1])", "localhost"),
+    ((b"x" * 4000, "", "", "SMTP"), "from " + "x" * 255, "localhost"),
     ((b"a b\r\n\xc3\xa9;(x)", "", "", "SMTP"), "from a?b??????x?", "localhost"),
 ]
 
@@ -553,10 +554,6 @@ def test_received_field(
     time.tzset()
     date = "Sun, 22 Nov 2026 10:00:00 +0100"
     assert field == f"Received: {source}\n\tby {by} (msmtpd) with {arguments[3]};\n\t{date}\n"
-
-
-def test_received_field_cuts_a_long_name() -> None:
-    assert b"x" * 255 + b"\n" in msmtpd.received_field(b"x" * 4000, "", "", "SMTP", 0)
 
 
 # ---- Authentication --------------------------------------------------------
@@ -653,10 +650,8 @@ def test_scram_sha_256_holds_the_example_of_rfc_7677(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(msmtpd, "fresh_nonce", lambda: b"%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0")
     exchange = msmtpd.auth_scram_sha_256(msmtpd.Credentials("user", b"pencil"))
     assert next(exchange) == b""
-    nonce, proof = (
-        b"rOprNGfwEbeRWgbNEkqO%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0",
-        b"dHzbZapWIk4jUhN+Ute9ytag9zjfMHgsqmmiz7AndVQ=",
-    )
+    nonce = b"rOprNGfwEbeRWgbNEkqO%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0"
+    proof = b"dHzbZapWIk4jUhN+Ute9ytag9zjfMHgsqmmiz7AndVQ="
     first = exchange.send(b"n,,n=user,r=rOprNGfwEbeRWgbNEkqO")
     assert first == b"r=%s,s=W22ZaJ0SNY7soEsUEjb6gQ==,i=4096" % nonce
     assert exchange.send(b"c=biws,r=%s,p=%s" % (nonce, proof)) == b"v=6rriTRBi23WpRR/wtup+mMhUZUn/dB5nLTJRsjl95G4="
@@ -685,26 +680,33 @@ class ScramClient:
         return f"{without},p={b64(bytes(a ^ b for a, b in zip(key, signature)))}".encode()
 
 
-SCRAM = [  # user, password, GS2 header, whether it is right
-    ("joe", "secret", "n,,", True),
-    ("joe", "secret", "y,,", True),
-    ("joe", "secret", "n,a=root,", True),
-    ("joe", "Secret", "n,,", False),
-    ("jane", "secret", "n,,", False),
+SCRAM = [  # user, password, GS2 header, what is changed in the final message, the last response, the reply
+    ("a,b=c", "secret", "n,,", ("", ""), b"", "235"),
+    ("a,b=c", "secret", "y,,", ("", ""), b"", "235"),
+    ("a,b=c", "secret", "n,a=root,", ("", ""), b"", "235"),
+    ("a,b=c", "secret", "n,,", ("", ""), b"surplus", "501"),
+    ("a,b=c", "Secret", "n,,", ("", ""), b"", "535"),
+    ("jane", "secret", "n,,", ("", ""), b"", "535"),
+    ("a,b=c", "secret", "n,,", ("r=", "r=x"), b"", "501"),
+    ("a,b=c", "secret", "n,,", ("c=biws", "c=eSws"), b"", "501"),
+    ("a,b=c", "secret", "n,,", (",p=", ",q="), b"", "501"),
 ]
 
 
-@pytest.mark.parametrize("user, password, gs2, right", SCRAM)
-def test_scram_against_a_client_of_our_own(user: str, password: str, gs2: str, right: bool) -> None:
-    client, peer = ScramClient(user, password, gs2), Peer(AUTH_POLICY)
+@pytest.mark.parametrize("user, password, gs2, change, last, code", SCRAM)
+def test_scram_against_a_client_of_our_own(
+    user: str, password: str, gs2: str, change: tuple[str, str], last: bytes, code: str
+) -> None:
+    client = ScramClient(user, password, gs2)
+    peer = Peer(msmtpd.Policy(credentials=msmtpd.Credentials("a,b=c", b"secret")))
     peer.feed(b"EHLO x\r\nAUTH SCRAM-SHA-256 %s\r\n" % base64.b64encode(client.first()))
-    server_first = base64.b64decode(peer.events[-1][7:])
-    peer.feed(base64.b64encode(client.final(server_first)) + b"\r\n")
-    assert peer.pauses == [not right]  # before anything tells the client whether it is right
-    if right:
+    final = client.final(base64.b64decode(peer.events[-1][7:])).decode().replace(*change)
+    peer.feed(b64(final.encode()).encode() + b"\r\n")
+    assert peer.pauses == [code == "535"] * (code != "501" or last != b"")  # before anything tells the client
+    if peer.events[-1][3:6] == "334":
         assert base64.b64decode(peer.events[-1][7:]).startswith(b"v=")
-        peer.feed(b"\r\n")
-    assert peer.events[-1][3:6] == ("235" if right else "535")
+        peer.feed(base64.b64encode(last) + b"\r\n")
+    assert peer.events[-1][3:6] == code
 
 
 PREPARED = {  # what RFC 4013 makes of what
@@ -761,23 +763,6 @@ def test_scram_is_not_offered_by_a_python_without_openssl(monkeypatch: pytest.Mo
     policy = msmtpd.Policy(credentials=msmtpd.Credentials("joe", b"secret"))
     offers = "S: 250...\n" * 5 + "S: 250-AUTH PLAIN LOGIN CRAM-MD5\nS: 250...\n"
     play(f"C: EHLO x\n{offers}C: AUTH SCRAM-SHA-256\nS: 504...\nC: {JOE}\nS: 235...", policy)
-
-
-def test_scram_knows_users_with_a_comma() -> None:
-    credentials = msmtpd.Credentials("a,b=c", b"secret")
-    client, exchange = ScramClient("a,b=c", "secret"), msmtpd.auth_scram_sha_256(credentials)
-    next(exchange)
-    assert exchange.send(client.final(exchange.send(client.first()))).startswith(b"v=")
-    with pytest.raises(msmtpd.Refused):
-        exchange.send(b"surplus")
-
-
-def test_scram_refuses_a_final_message_for_another_nonce_or_header() -> None:
-    for old, new in ((b"r=", b"r=x"), (b"c=biws", b"c=eSws"), (b",p=", b",q=")):
-        client, exchange = ScramClient("joe", "secret"), msmtpd.auth_scram_sha_256(msmtpd.Credentials("joe", b"secret"))
-        next(exchange)
-        with pytest.raises(msmtpd.Refused):
-            exchange.send(client.final(exchange.send(client.first())).replace(old, new))
 
 
 def test_user_and_password_are_always_both_compared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1959,12 +1944,7 @@ class Daemon:
     """A running msmtpd, started as its users do; ready when it says so to systemd's socket."""
 
     def __init__(
-        self,
-        directory: Path,
-        *options: str,
-        environment: dict[str, str] | None = None,
-        host: str = "127.0.0.1",
-        **popen: Any,
+        self, directory: Path, *options: str, environment: Any = os.environ, host: str = "127.0.0.1", **popen: Any
     ) -> None:
         self.host, self.port = host, free_port(host)
         self.log_path = directory / f"log.{self.port}"
@@ -1976,7 +1956,7 @@ class Daemon:
             popen.setdefault("stderr", log)
             self.process = subprocess.Popen(
                 [*RUN, *self.options],
-                env={**(environment or os.environ), "NOTIFY_SOCKET": str(notify)},
+                env={**environment, "NOTIFY_SOCKET": str(notify)},
                 stdin=subprocess.DEVNULL,
                 **popen,
             )
@@ -3096,19 +3076,14 @@ def test_a_client_that_floods_after_the_end_is_dropped(world: World) -> None:
 
 
 @pytest.mark.parametrize("octets, lines", [(DATA + b"x", 1), (HELO + b"MAIL FROM:<a@b>\r\n", 1), (HELO, 0)])
-@pytest.mark.parametrize("how", ["left", "vanished"])
-def test_a_client_that_leaves_in_the_middle_of_a_mail_is_logged(
-    world: World, octets: bytes, lines: int, how: str
-) -> None:
+def test_a_client_that_vanishes_in_the_middle_of_a_mail_is_logged(world: World, octets: bytes, lines: int) -> None:
     client = world.call()
     client.sock.sendall(octets)
     world.turn()
-    if how == "left":
-        client.hear()  # or else the connection is reset
-    client.sock.close()
+    client.sock.close()  # a reset, since it has not heard the replies
     world.turn()
     assert not world.server.connections
-    assert world.logged(f"client {how} in the middle of a mail") == len(world.lines) == lines
+    assert world.logged("client vanished in the middle of a mail") == len(world.lines) == lines
 
 
 def test_a_client_that_talks_during_its_delivery_does_not_make_the_loop_spin(world: World) -> None:
