@@ -3538,7 +3538,7 @@ def test_a_stop_waits_for_deliveries_that_run_and_for_those_that_wait(
     world.server.stop()
     world.wait(300)  # far beyond the grace for open transactions
     for mail in range(3):
-        assert len(world.server.queue.running) == 1
+        assert len(world.server.queue.running) == 1 and world.server.queue.busy
         world.end(mail)
     assert [client.hear()[-2:] for client in clients[:2]] == [[250, 421]] * 2
     for client in clients:
