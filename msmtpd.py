@@ -1395,23 +1395,19 @@ READ, WRITE = 1, 2  # as selectors.EVENT_READ and EVENT_WRITE
 
 
 class Task:
-    """What the loop calls."""
+    """What the loop calls.
 
-    def ready(self, events: int) -> None:
-        """A descriptor can be read or written, as READ or WRITE in `events` say."""
+    ready() when a descriptor can be read or written, as READ or WRITE in
+    `events` say, resume() when it was asked to, expire() at the time that due()
+    tells by the loop's clock, crash() when one of these has raised an exception.
+    """
 
-    def resume(self) -> None:
-        """Go on as you asked."""
-
+    def ready(self, events: int) -> None: ...
+    def resume(self) -> None: ...
+    def expire(self) -> None: ...
+    def crash(self) -> None: ...
     def due(self) -> float:
-        """Return when expire() is to be called, in seconds of the loop's clock."""
         return NEVER
-
-    def expire(self) -> None:
-        """That time has come."""
-
-    def crash(self) -> None:
-        """One of these has raised an exception."""
 
 
 if TYPE_CHECKING:
@@ -2469,12 +2465,8 @@ class Options:
         self.auth = ""
         self.max_size = MAX_MAIL_SIZE
         for name, value in parse_options(arguments):
-            if name == "version":
-                print_and_exit(f"msmtpd {__version__}\n")
-            elif name == "help":
-                print_and_exit(HELP_TEXT)
-            elif name == "inetd":
-                self.inetd = True
+            if name in ("version", "help"):
+                print_and_exit(HELP_TEXT if name == "help" else f"msmtpd {__version__}\n")
             elif name == "interface":
                 self.interfaces.append(value)
             elif name == "port":
@@ -2482,7 +2474,7 @@ class Options:
             elif name == "max-size":
                 self.max_size = parse_number(name, value, 2**63 - 1, " of octets such as 10485760")
             else:
-                setattr(self, name, value)
+                setattr(self, name, name == "inetd" or value)
         self.interfaces = list(dict.fromkeys(self.interfaces)) or [DEFAULT_INTERFACE]
         user, comma, command = self.auth.partition(",")
         if self.auth and (not user or (comma and not command)):
