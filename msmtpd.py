@@ -84,14 +84,15 @@ SCRAM_ITERATIONS = 4096  # RFC 7677 section 4: at least
 
 NEVER = float("inf")
 IDLE_TIMEOUT = 300.0  # without progress, RFC 5321 4.5.3.2.7
-CROWDED_TIMEOUT = 10.0  # the same while clients have to wait, and for this long after
+CROWDED_TIMEOUT = 10.0  # without delivering a mail, where others wait
 DATA_SECONDS_PER_OCTET = 10.0 / 1024  # mail data slower than 1 KiB in 10 s is no progress
 DELIVERY_TIMEOUT = 600.0  # from the end of a mail: clients wait that long, RFC 5321 4.5.3.2.6
+QUEUE_TIMEOUT = 300.0  # of it for its turn to come: a command that is killed may have sent the mail already
 KILL_DELAY = 10.0  # between SIGTERM and SIGKILL for a command
 STOP_TIMEOUT = 60.0  # for open transactions after SIGTERM
 FLUSH_TIMEOUT = 10.0  # for the client to go on taking our last replies
 LINGER_TIMEOUT = 2.0  # for it to close after them
-RETRY_DELAY = 1.0  # before accepting again when descriptors or memory ran out
+RETRY_DELAY = 1.0  # before accepting again when there was no place
 THROTTLE_SECONDS = 60.0  # after an authentication failure, while ...
 THROTTLE_DELAY = 1.0  # ... every outcome of AUTH is held back by this
 NOTIFY_TIMEOUT = 1.0  # for a service manager that is slow to take what we tell it: nobody else is served meanwhile
@@ -104,7 +105,9 @@ REPLY_BUFFER = 65536  # of replies not yet taken by the client, before we stop r
 OUTPUT_HEAD = 1024  # of what the command prints, kept for the log: the cause, before a script's source ...
 OUTPUT_TAIL = 3072  # ... or behind it
 MAX_PIPE = 1048576  # of a command's output in a pipe: 16 pages, which are of 64 KiB at most
+LEFTOVER_OUTPUT = 16 * 1024 * 1024  # in an hour, of a process that a command has left behind
 TURN_STEPS = 64  # of one session, before the others have their turn
+TURN_TASKS = 16  # where more have something to do, each does less in a turn; also clients that come in in one
 LOG_FIELD = 512  # characters of a client's or a command's text in a log line
 
 
@@ -127,6 +130,7 @@ AUTHENTICATED = b"235 2.7.0 Authentication succeeded\r\n"
 
 SHUTTING_DOWN = b"421 4.3.2 Server is shutting down, try again later\r\n"
 TIMED_OUT = b"421 4.4.2 Timeout, closing connection\r\n"
+TOO_MANY_SESSIONS = b"421 4.4.5 Another client needs the place, come again with a mail\r\n"
 INTERNAL_ERROR = b"421 4.3.0 Internal error, see the log of msmtpd\r\n"
 TOO_MANY_ERRORS = b"421 4.7.0 Too many errors, closing connection\r\n"
 TOO_MANY_FAILURES = b"421 4.7.0 Too many authentication failures, closing connection\r\n"
@@ -1382,7 +1386,8 @@ if TYPE_CHECKING:
 #
 # One loop, no threads.  A task is what waits for descriptors and deadlines; the
 # loop calls its ready() and expire().  A task that has more to do than its
-# turn allows asks for another one and is resumed after everybody else.
+# turn allows asks for another one and is resumed after everybody else; the more
+# have something to do, the less one may: `share`.
 #
 # There is one timer, `_wake_at`: no task is due before it.  Deadlines mostly
 # move away, with every bit of progress, and cost nothing then: only when the
@@ -1416,7 +1421,7 @@ if TYPE_CHECKING:
         def register(self, fileobj: int, events: int) -> object: ...
         def modify(self, fileobj: int, events: int) -> object: ...
         def unregister(self, fileobj: int) -> object: ...
-        def select(self, timeout: float | None = None) -> Iterable[tuple[Any, int]]: ...
+        def select(self, timeout: float | None = None) -> Sequence[tuple[Any, int]]: ...
 
 
 class Loop:
@@ -1434,6 +1439,7 @@ class Loop:
         self._resumable: dict[Task, None] = {}  # in the order of their requests
         self._timed: set[Task] = set()
         self._wake_at = NEVER
+        self.share = 1.0  # of what a task could do in this turn if there were few
 
     def watch(self, descriptor: int, events: int, task: Task) -> None:
         """Call task.ready() whenever the descriptor is; `events` 0 for no longer."""
@@ -1475,8 +1481,11 @@ class Loop:
             timeout = max(0.0, self._wake_at - self._clock())
         events = self._selector.select(timeout)
         self.now = self._clock()
+        if self.now >= self._wake_at:  # we may have been stopped: what has happened counts before what is late
+            events = self._selector.select(0.0)
+        self.share = min(1.0, TURN_TASKS / (len(events) + len(self._resumable) or 1))
         for key, mask in events:
-            watcher = self._watched.get(key.fd, (None, 0))[0]
+            watcher = self._watched.get(getattr(key, "fd", key), (None, 0))[0]
             if watcher is not None:  # one before it may have closed the descriptor
                 self.guard(watcher, watcher.ready, mask)
         resumable, self._resumable = self._resumable, {}
@@ -1515,7 +1524,7 @@ class Loop:
 # ---- Server ----------------------------------------------------------------
 #
 # Server begins and stops sessions; Admission decides who may come in, by its
-# Listeners, and how long the others may stay.  Connection performs the actions
+# Listeners, and who must leave for that.  Connection performs the actions
 # of a Session on descriptors.  Queue lets mails wait for their turn, Delivery
 # runs the command for one, Output is what that prints.  Signals turns signals
 # into events.
@@ -1572,6 +1581,7 @@ class Server(Task):
     def ended(self, connection: Connection) -> None:
         """Forget a session, which makes room for another."""
         self.connections.discard(connection)
+        self.admission.rest_until = NEVER  # there is a place now
         self.loop.remove_timed(connection)
 
     def run(self) -> None:
@@ -1613,11 +1623,12 @@ class Server(Task):
 
 
 class Admission(Task):
-    """Who may come in, and for how long the others may make no progress.
+    """Who may come in, and who must leave for that.
 
-    Clients wait in the backlog while all sessions are taken or resources have
-    run out.  While they do, and for a moment after, idle clients are let go
-    sooner.
+    Where all sessions are taken, or descriptors have run out, a client gets the
+    place of the session that has gone longest without delivering a mail, if it
+    has for CROWDED_TIMEOUT.  Whatever else it does is no merit, or a crowd could
+    keep everybody out with NOOP.  If there is none, clients wait in the backlog.
     """
 
     def __init__(self, loop: Loop, log: Log, connections: set[Connection]) -> None:
@@ -1627,43 +1638,45 @@ class Admission(Task):
         self._log = log
         self._connections = connections
         self._open = False  # the listeners are watched
+        self.rest_until = NEVER  # while nothing is accepted
         self._crowded_until = NEVER  # while clients have to wait, or have had to lately
-        self._rest_until = NEVER  # while nothing is accepted because resources ran out
         loop.add_timed(self)
-
-    @property
-    def patience(self) -> float:
-        """How long a client may go without progress, in seconds."""
-        return IDLE_TIMEOUT if self._crowded_until == NEVER else CROWDED_TIMEOUT
-
-    @property
-    def admits(self) -> bool:
-        return len(self._connections) < self.max_sessions and self._rest_until == NEVER
 
     def update(self) -> None:
         """Watch the listeners or not, as it is right now: called in every turn of the loop."""
-        admits = self.admits
-        if not admits:
-            self._crowd(f"all {self.max_sessions} sessions are taken, further clients wait")
+        admits = self.rest_until == NEVER
         if admits != self._open:
             self._open = admits
             try:
                 for listener in self.listeners:
                     listener.watch(admits)
             except OSError as error:
-                self.rest(error)
+                self.failed(error)
 
-    def rest(self, error: OSError) -> None:
-        """Accept nothing for a moment: descriptors or memory have run out."""
-        self._crowd(f"cannot accept clients for now: {error.strerror}")
-        self._rest_until = self._loop.now + RETRY_DELAY
-        self._loop.schedule(self._rest_until)
+    def places(self) -> int:
+        """Return how many clients may come in now; for the first of them somebody may have to leave."""
+        if len(self._connections) >= self.max_sessions:
+            self._make_room(f"all {self.max_sessions} sessions are taken, further clients wait")
+        return min(TURN_TASKS, self.max_sessions - len(self._connections))
 
-    def _crowd(self, reason: str) -> None:
+    def failed(self, error: OSError) -> None:
+        """Take note that a client could not be accepted."""
+        dismiss = error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
+        self._make_room(f"cannot accept clients for now: {error.strerror}", dismiss)
+
+    def _make_room(self, reason: str, dismiss: bool = True) -> None:
+        """End the session that is worth least, or else accept nothing until one has ended or a moment is over."""
+        now = self._loop.now
+        useless = [c for c in self._connections if c.worth != NEVER and c.delivered_at <= now - CROWDED_TIMEOUT]
+        if dismiss and useless:
+            victim = min(useless, key=lambda connection: connection.worth)
+            self._loop.guard(victim, victim.make_room)
+            return
         if self._crowded_until == NEVER:
-            self._loop.schedule(self._loop.now)  # the deadlines of idle clients are nearer now
             self._log.write("warning", reason)
-        self._crowded_until = self._loop.now + CROWDED_TIMEOUT
+        self._crowded_until = now + CROWDED_TIMEOUT
+        self.rest_until = now + RETRY_DELAY
+        self._loop.schedule(self.rest_until)
 
     def close(self) -> None:
         """Accept nothing any more."""
@@ -1672,12 +1685,12 @@ class Admission(Task):
         self.listeners = []
 
     def due(self) -> float:
-        return min(self._rest_until, self._crowded_until)
+        return min(self.rest_until, self._crowded_until)
 
     def expire(self) -> None:
-        if self._loop.now >= self._rest_until:
-            self._rest_until = NEVER
-        if self._loop.now >= self._crowded_until and self.admits:
+        if self._loop.now >= self.rest_until:
+            self.rest_until = NEVER
+        if self._loop.now >= self._crowded_until:
             self._crowded_until = NEVER
             self._log.write("info", "clients no longer wait")
 
@@ -1729,6 +1742,7 @@ class Connection(Task):
         self._replies = bytearray(GREETING)  # not yet written
         self._hungry = False  # the session has asked for input
         self._ended = False  # the client has said all it will say
+        self.delivered_at = server.loop.now  # when its last mail was, or it began
         self._progress = server.loop.now  # when there was some, while OPEN
         self._deadline = NEVER  # while PAUSED, CLOSING or DRAINING
         self.orderly = False  # ended by QUIT or EOF between mails
@@ -1747,7 +1761,7 @@ class Connection(Task):
 
     def _receive(self) -> None:
         try:
-            data = os.read(self._reader, RECEIVE_SIZE)
+            data = os.read(self._reader, int(RECEIVE_SIZE * self._server.loop.share))
         except BlockingIOError:
             return
         except OSError:
@@ -1794,7 +1808,7 @@ class Connection(Task):
 
     def resume(self) -> None:
         """Perform what the session wants until it needs input, must wait, or its turn is over."""
-        for _ in range(TURN_STEPS):
+        for _ in range(int(TURN_STEPS * self._server.loop.share)):
             if self._server.stopping:
                 self.stop(now=False)
             if self._phase != OPEN or len(self._replies) > REPLY_BUFFER:
@@ -1831,19 +1845,36 @@ class Connection(Task):
         if self._phase == DELIVERING:
             self._actions = self._session.conclude(delivered, reply)
             self._progress = self._server.loop.now
+            if delivered:
+                self.delivered_at = self._server.loop.now
             self._reopen()
 
     # Time
 
     def due(self) -> float:
         if self._phase == OPEN:
-            return self._progress + self._server.admission.patience
+            return self._progress + IDLE_TIMEOUT
         return NEVER if self._phase == DELIVERING else self._deadline
+
+    @property
+    def worth(self) -> float:
+        """When it delivered its last mail, later for what has come of the next; NEVER while that is delivered."""
+        if self._phase == DELIVERING:
+            return NEVER
+        return self.delivered_at + (self._session.data.size * DATA_SECONDS_PER_OCTET if self._session.data else 0.0)
+
+    def make_room(self) -> None:
+        if self._phase in (OPEN, PAUSED):
+            self._dismiss("client has to make room for another", TOO_MANY_SESSIONS)
+        self._forget()
+
+    def _dismiss(self, reason: str, reply: Reply) -> None:
+        self.log("warning" if self._session.envelope else "info", reason)
+        self._close(reply)
 
     def expire(self) -> None:
         if self._phase == OPEN:
-            self.log("warning" if self._session.envelope else "info", "client timed out")
-            self._close(TIMED_OUT)
+            self._dismiss("client timed out", TIMED_OUT)
         elif self._phase == PAUSED:
             self._reopen()
         else:
@@ -1964,6 +1995,13 @@ class Queue(Task):
         """Look which commands have exited."""
         for delivery in list(self.running):
             self.loop.guard(delivery, delivery.reap)
+        try:  # process 1 inherits what commands leave behind
+            while os.getpid() == 1 and (child := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)):
+                if child.si_pid in [delivery.pid for delivery in self.running]:
+                    break  # it has just exited, and we shall be told
+                os.waitpid(child.si_pid, 0)
+        except ChildProcessError:
+            pass
 
     def finished(self, delivery: Delivery) -> None:
         """Forget a delivery, which makes room for another."""
@@ -1988,8 +2026,8 @@ class Delivery(Task):
         self._connection = connection
         self._mail = mail
         self._received = queue.loop.now
-        self.deadline = self._received + DELIVERY_TIMEOUT  # for its turn, then for its command
-        self._pid = 0  # while it runs
+        self.deadline = self._received + QUEUE_TIMEOUT  # for its turn, then for its command
+        self.pid = 0  # while it runs
         self._output: Output | None = None  # once it runs
         self._timed_out = False
         self._crashed = False  # we have: nobody waits for the outcome
@@ -1997,6 +2035,7 @@ class Delivery(Task):
     # The process
 
     def start(self) -> None:
+        self.deadline = self._received + DELIVERY_TIMEOUT
         try:
             self._spawn()
         except OSError as error:
@@ -2009,7 +2048,7 @@ class Delivery(Task):
         stdin = self._mail.spool.open()
         try:
             self._output = Output(self._queue.outputs)
-            self._pid = self._queue.command.start(envelope.sender, envelope.recipients, stdin, self._output.writer)
+            self.pid = self._queue.command.start(envelope.sender, envelope.recipients, stdin, self._output.writer)
         finally:
             os.close(stdin)
 
@@ -2030,23 +2069,23 @@ class Delivery(Task):
     def _kill_group(self, number: int) -> None:
         """Send a signal to the command and all that it has started."""
         try:
-            os.killpg(self._pid, number)
+            os.killpg(self.pid, number)
         except OSError:
             pass  # it has just ended
 
     def reap(self) -> None:
         """Finish if the command has exited."""
-        pid, status = os.waitpid(self._pid, os.WNOHANG)
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
         if not pid:
             return
         if self._timed_out or self._crashed:
             self._kill_group(signal.SIGKILL)  # what is left of its group
-        self._pid = 0
+        self.pid = 0
         self._judge(os.waitstatus_to_exitcode(status))
 
     def crash(self) -> None:
         """Tell the client, and leave no process behind whose outcome nobody would tell."""
-        if self._pid:
+        if self.pid:
             self._crashed = True
             self._kill_group(signal.SIGKILL)
         else:
@@ -2111,6 +2150,7 @@ class Output(Task):
 
     def __init__(self, outputs: Outputs) -> None:
         self.kept = b""
+        self._forgiven_at = 0.0  # all that it has printed: some is in every second
         self._outputs = outputs
         # We keep the other end, or its EOF would wake us just before SIGCHLD does.
         self._reader, self.writer = os.pipe()
@@ -2120,6 +2160,8 @@ class Output(Task):
     def ready(self, events: int) -> None:
         if not self._read():
             self._close()
+        elif self.writer < 0 and self._forgiven_at > self._outputs.loop.now + 3600:
+            self._abandon("a process that a command has left behind prints on and on, and")
 
     def _read(self) -> bool:
         """Keep head and tail of what is printed; return whether more may come."""
@@ -2131,6 +2173,7 @@ class Output(Task):
         if len(text) > OUTPUT_HEAD + OUTPUT_TAIL:
             text = text[:OUTPUT_HEAD] + b"\n...\n" + text[-OUTPUT_TAIL:]
         self.kept = text
+        self._forgiven_at = max(self._forgiven_at, self._outputs.loop.now) + len(data) * 3600 / LEFTOVER_OUTPUT
         if self._outputs.mirror >= 0:
             write_now(self._outputs.mirror, data)
         return bool(data)
@@ -2141,17 +2184,20 @@ class Output(Task):
             return
         os.close(self.writer)
         self.writer = -1
+        self._forgiven_at = 0.0  # a command itself may print what it wants
         # Up to the end, but not for ever: the biggest pipe (16 pages of 64 KiB), and its end.
         if not all(self._read() for _ in range(MAX_PIPE // RECEIVE_SIZE + 1)):
             self._close()
             return
         self._outputs.leftovers.append(self)
         if len(self._outputs.leftovers) > MAX_LEFTOVERS:
-            text = (
-                f"commands have left more than {MAX_LEFTOVERS} processes behind that may print, the oldest is cut off"
+            self._outputs.leftovers[0]._abandon(
+                f"commands have left more than {MAX_LEFTOVERS} processes behind that may print, the oldest"
             )
-            self._outputs.log.write("warning", text + "; let them print to a file")
-            self._outputs.leftovers[0]._close()
+
+    def _abandon(self, reason: str) -> None:
+        self._outputs.log.write("warning", f"{reason} is cut off; let them print to a file")
+        self._close()
 
     def _close(self) -> None:
         if self in self._outputs.leftovers:
@@ -2169,6 +2215,8 @@ class Listener(Task):
 
     def __init__(self, server: Server, sock: socket.socket) -> None:
         sock.setblocking(False)
+        # Clients' sockets inherit it; Linux would take up to 4 MB of replies for a client that reads none.
+        sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDBUF, REPLY_BUFFER)
         self._server = server
         self._sock = sock
 
@@ -2176,16 +2224,16 @@ class Listener(Task):
         self._server.loop.watch(self._sock.fileno(), READ * wanted, self)
 
     def ready(self, events: int) -> None:
-        if not self._server.admission.admits:
-            return  # another listener has just taken the last place
-        try:
-            sock, address = self._sock.accept()
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
-                self._server.admission.rest(error)
-            return  # or the client has gone already
-        sock.setblocking(False)
-        self._server.begin(sock.fileno(), sock.fileno(), sock, ip_address(address))
+        for _ in range(self._server.admission.places()):
+            try:
+                sock, address = self._sock.accept()
+            except (BlockingIOError, ConnectionError):
+                return  # nobody is left, or a client has gone already
+            except OSError as error:
+                self._server.admission.failed(error)
+                return
+            sock.setblocking(False)
+            self._server.begin(sock.fileno(), sock.fileno(), sock, ip_address(address))
 
     def close(self) -> None:
         self.watch(False)
@@ -2227,15 +2275,6 @@ class Signals(Task):
 # main() has seen to that before anything else.
 
 
-class Ready:
-    """A descriptor on which something can be done, as selectors would say it."""
-
-    __slots__ = ("fd",)
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-
-
 class SmallSelector:
     """selectors.PollSelector at a third of the start-up.
 
@@ -2260,7 +2299,7 @@ class SmallSelector:
         ready = self._poll.poll(None if timeout is None else timeout * 1000)
         # An error or a hang-up is ready for whatever is waited for.
         return [
-            (Ready(fd), self._events[fd] & (READ * (mask != select.POLLOUT) | WRITE * (mask != select.POLLIN)))
+            (fd, self._events[fd] & (READ * (mask != select.POLLOUT) | WRITE * (mask != select.POLLIN)))
             for fd, mask in ready
         ]
 
