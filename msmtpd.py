@@ -1125,8 +1125,8 @@ class Command:
         self._text = command = os.fsencode(text.rstrip())
         if not command:
             raise StartupError("--command is empty; see --help")
-        words = command.split()
-        names = [word.rpartition(b"/")[2] for word in command.translate(_TO_BLANKS, b"'\"\\").split()]
+        words, joined = command.split(), command.replace(b"\\\n", b"")
+        names = [word.rpartition(b"/")[2] for word in joined.translate(_TO_BLANKS, b"'\"\\").split()]
         self._direct = not command.translate(None, _NO_SHELL_SYNTAX) and b"=" not in words[0]
         self._parsed = any(name in _PARSERS or (name[-2:] == b"sh" and b"." not in name) for name in names)
         script = command + b' "$@"'

@@ -1347,8 +1347,8 @@ RULES = [  # commands, and whether their sender and their recipients may be any 
         bash -c 'msmtp -f '"%F"' -- "$@"' bash   bash -c "rec $*" && :   bash -c 'cat>box/%F' sh && :
         msmtpq -f %F --   parallel -j1 msmtp -f %F -- :::   rec | xargs -I{} rec {}   /usr/bin/ssh host msmtp --
         slogin h rec   autossh h rec   dbclient h rec   su joe -c rec   S=x; $S h rec %F   timeout 5 "$S" h rec
-        timeout 5 ssh h   env A=1 ssh h   >log ssh h   s\\sh h   "ssh" h   (ssh h) && :   rec|ssh h   eval rec %F
-        msmtp-enqueue.sh -f %F   x=$($S h); rec   { ${S} h; } && :   if $S h; then rec   env "ssh h" rec"""),
+        timeout 5 ssh h   env A=1 ssh h   >log ssh h   s\\sh h   s\\\nsh h   "ssh" h   (ssh h) && :   rec|ssh h
+        eval rec %F   msmtp-enqueue.sh -f %F   x=$($S h); rec   { ${S} h; }   if $S h; then rec   env "ssh h" rec"""),
     # none of them
     ("++", """
         cat > $f && echo > $f.to   deliver.sh   rec -C $HOME/x --   awk '{print $1}' | rec   rec >&2 2>> "$log" $x"""),
