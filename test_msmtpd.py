@@ -2213,6 +2213,7 @@ def test_what_has_happened_while_the_server_was_stopped_counts_before_what_is_la
         wait_until(daemon.children)
         assert talks.recv(100) == msmtpd.GREETING
         daemon.process.send_signal(signal.SIGSTOP)
+        wait_until(lambda: process_state(daemon.process.pid)[0] == "T")
         talks.sendall(b"NOOP\r\nQUIT\r\n")
         time.sleep(0.6)
         daemon.process.send_signal(signal.SIGCONT)
@@ -2924,7 +2925,7 @@ def test_a_new_client_is_served_within_15_seconds_whatever_others_do_that_delive
     world.server.policy = AUTH_POLICY if b"AUTH" in again else msmtpd.Policy()
     world.server.admission.max_sessions = 8
     port = world.listen()
-    others: list[Caller] = []
+    others = [world.connect(port) for _ in range(8)]
     for _ in range(5):
         world.turn()
         real, began = world.connect(port), world.now
