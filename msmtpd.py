@@ -1646,12 +1646,12 @@ class Admission(Task):
         """Watch the listeners or not, as it is right now: called in every turn of the loop."""
         admits = self.rest_until == NEVER
         if admits != self._open:
-            self._open = admits
             try:
                 for listener in self.listeners:
                     listener.watch(admits)
+                self._open = admits
             except OSError as error:
-                self.failed(error)
+                self._make_room(f"cannot accept clients for now: {error.strerror}", dismiss=False)
 
     def places(self) -> int:
         """Return how many clients may come in now; for the first of them somebody may have to leave."""
