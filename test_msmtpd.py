@@ -1401,6 +1401,11 @@ def test_recipients_are_not_run_as_a_command() -> None:
         msmtpd.Command(text, {})
 
 
+def test_setsid_that_does_not_wait_is_warned_of() -> None:
+    texts = ("setsid cat -f %F --", "/usr/bin/setsid cat", "setsid --wait cat", "setsid -w cat", "cat setsid")
+    assert ["--wait" in msmtpd.Command(text, {}).check() for text in texts] == [True, True, False, False, False]
+
+
 def test_a_shell_runs_only_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A program reads the same from both, but for $0 and the parent's name."""
     started: list[bytes] = []
