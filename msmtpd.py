@@ -443,14 +443,16 @@ def address_literal(host: str) -> str:
     return f"[IPv6:{host}]" if ":" in host else f"[{host}]"
 
 
+_IN_HEADER = bytes(c if chr(c) in ".-_:[]" or (c < 128 and chr(c).isalnum()) else ord("?") for c in range(256))
+
+
 def received_field(name: bytes, client: str, server: str, protocol: str, date: float) -> bytes:
     """Return the Received field of RFC 5321 4.4, in LF lines as the command gets them.
 
     `client` and `server` are IP addresses, or empty where there are none
     (pipes); `date` is in seconds since the epoch.
     """
-    text = name[:255].decode("ascii", "replace")
-    clean = "".join(c if c.isalnum() or c in ".-_:[]" else "?" for c in text)
+    clean = name[:255].translate(_IN_HEADER).decode()
     source = f" ({address_literal(client)})" if client else ""
     by = address_literal(server) if server else "localhost"
     when = time.strftime("%a, %d %b %Y %H:%M:%S %z", time.localtime(date))
@@ -765,6 +767,8 @@ HTTP_METHODS = b"GET HEAD POST PUT DELETE CONNECT OPTIONS TRACE PATCH PRI".split
 
 def other_protocol(line: bytes, verb: bytes) -> str:
     """Tell what a client does instead of SMTP: a browser can be made to send any text behind that."""
+    if line == _TLS_HANDSHAKE:
+        return "TLS"
     if verb in HTTP_METHODS or b" HTTP/" in line:
         return "HTTP"
     if verb == b"PROXY":
@@ -863,26 +867,20 @@ class Session:
     # Readers: who gets the next input
 
     def _read_line(self) -> list[Action]:
-        start = self._input[self._at : self._at + 2]
-        if not self._overlong and _TLS_HANDSHAKE.startswith(start):
-            return self._not_smtp("TLS") if start == _TLS_HANDSHAKE else []
         line = self._take_line()
         if line is None:
             return []
-        return self._command(line) if self._exchange is None else self._respond(line.strip())
+        if self._exchange is None or line == _TLS_HANDSHAKE:
+            return self._command(line)
+        return self._respond(line.strip())
 
     def _command(self, line: bytes) -> list[Action]:
         verb, _, argument = line.replace(b"\t", b" ").rstrip(b" ").partition(b" ")
         verb = verb.upper()
-        if line == b"\0" and not self._said and self._errors == 2:
-            verb = b"PROXY"  # its binary form begins with two empty lines and this one
         self._remember(line, verb)
-        command = VERBS.get(verb)
-        if command is None:
-            if what := other_protocol(line, verb):
-                return self._not_smtp(f"{what}: {printable(self._said)}")
-            raise Refused(UNKNOWN_COMMAND)
-        effect, conditions = command
+        if verb not in VERBS:
+            return self._unknown(line, verb)
+        effect, conditions = VERBS[verb]
         for holds, reply in conditions:
             if not holds(self):
                 raise Refused(reply)
@@ -893,8 +891,14 @@ class Session:
         secret = verb == b"AUTH" if verb in VERBS else b"AUTH" in line.upper() or self._said == _SECRET
         self._said = _SECRET if secret else line
 
-    def _not_smtp(self, what: str) -> list[Action]:
-        return [Note("warning", f"client does not speak SMTP but {what}"), *self._end(orderly=False)]
+    def _unknown(self, line: bytes, verb: bytes) -> list[Action]:
+        what = other_protocol(line, verb)
+        if line == b"\0" and self._errors == 2 and self.name is None:
+            what = "PROXY protocol"  # its binary form begins with two empty lines and this one
+        if not what:
+            raise Refused(UNKNOWN_COMMAND)
+        text = f"client does not speak SMTP but {what}: {printable(self._said)}"
+        return [Note("warning", text), *self._end(orderly=False)]
 
     def _read_data(self, data: MailData) -> list[Action]:
         assert self.envelope is not None
@@ -917,11 +921,14 @@ class Session:
         dropped as it comes and refused when its end has come.
         """
         end = self._input.find(b"\n", self._at) + 1
+        if self._input.startswith(_TLS_HANDSHAKE, self._at) and not self._overlong:
+            end = self._at + len(_TLS_HANDSHAKE)  # it has no lines
         line = self._input[self._at : end or None]
-        in_auth = self._exchange is not None or line[:5].upper() == b"AUTH "
-        if not self._overlong and len(line) > (MAX_AUTH_LINE if in_auth else MAX_COMMAND_LINE):
-            self._overlong = True
-            self._remember(line[: LOG_FIELD + 1], b"")
+        if len(line) > MAX_COMMAND_LINE and not self._overlong:
+            in_auth = self._exchange is not None or line[:5].upper() == b"AUTH "
+            if len(line) > MAX_AUTH_LINE or not in_auth:
+                self._overlong = True
+                self._remember(line[: LOG_FIELD + 1], b"")
         if end or self._overlong:
             self._at += len(line)
         if not end:
@@ -1387,7 +1394,7 @@ if TYPE_CHECKING:
 # One loop, no threads.  A task is what waits for descriptors and deadlines; the
 # loop calls its ready() and expire().  A task that has more to do than its
 # turn allows asks for another one and is resumed after everybody else; the more
-# have something to do, the less one may: `share`.
+# have something to do, the less one may: `crowd`.
 #
 # There is one timer, `_wake_at`: no task is due before it.  Deadlines mostly
 # move away, with every bit of progress, and cost nothing then: only when the
@@ -1395,8 +1402,12 @@ if TYPE_CHECKING:
 # comes nearer says so by schedule().
 #
 # An exception in a task ends that task, by its crash(), and nothing else.
+#
+# poll(2) is on every system, takes regular files (epoll does not) and descriptors
+# beyond 1024 (select() does not), and what a mail has watched and no longer
+# watched costs no system call.  That is why it is not the module selectors.
 
-READ, WRITE = 1, 2  # as selectors.EVENT_READ and EVENT_WRITE
+READ, WRITE = select.POLLIN, select.POLLOUT
 
 
 class Task:
@@ -1417,11 +1428,10 @@ class Task:
 
 if TYPE_CHECKING:
 
-    class Selector(Protocol):
-        def register(self, fileobj: int, events: int) -> object: ...
-        def modify(self, fileobj: int, events: int) -> object: ...
-        def unregister(self, fileobj: int) -> object: ...
-        def select(self, timeout: float | None = None) -> Sequence[tuple[Any, int]]: ...
+    class Poll(Protocol):
+        def register(self, fd: int, eventmask: int, /) -> None: ...
+        def unregister(self, fd: int, /) -> None: ...
+        def poll(self, timeout: float | None = None, /) -> Sequence[tuple[int, int]]: ...
 
 
 class Loop:
@@ -1430,31 +1440,27 @@ class Loop:
     `now` is the clock's reading when the wait of this turn was over, in seconds.
     """
 
-    def __init__(self, selector: Selector, log: Log, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, poll: Poll, log: Log, clock: Callable[[], float] = time.monotonic) -> None:
         self.now = clock()
-        self._selector = selector
+        self._poll = poll
         self._log = log
         self._clock = clock
         self._watched: dict[int, tuple[Task, int]] = {}
         self._resumable: dict[Task, None] = {}  # in the order of their requests
         self._timed: set[Task] = set()
         self._wake_at = NEVER
-        self.share = 1.0  # of what a task could do in this turn if there were few
+        self.crowd = 1  # by how much less than if there were few a task may do in this turn
 
     def watch(self, descriptor: int, events: int, task: Task) -> None:
         """Call task.ready() whenever the descriptor is; `events` 0 for no longer."""
-        before = self._watched.get(descriptor, (task, 0))[1]
-        if events == before:
+        if events == self._watched.get(descriptor, (task, 0))[1]:
             return
-        if not events:
-            del self._watched[descriptor]
-            self._selector.unregister(descriptor)
-            return
-        if before:
-            self._selector.modify(descriptor, events)
+        if events:
+            self._poll.register(descriptor, events)
+            self._watched[descriptor] = task, events
         else:
-            self._selector.register(descriptor, events)
-        self._watched[descriptor] = task, events
+            del self._watched[descriptor]
+            self._poll.unregister(descriptor)
 
     def resume_later(self, task: Task) -> None:
         """Call task.resume() when all that is ready now has had its turn."""
@@ -1474,20 +1480,16 @@ class Loop:
 
     def turn(self) -> None:
         """Wait for something to do and let everybody have a turn at it."""
-        timeout = None
-        if self._resumable:
-            timeout = 0.0
-        elif self._wake_at != NEVER:
-            timeout = max(0.0, self._wake_at - self._clock())
-        events = self._selector.select(timeout)
+        timeout = None if self._wake_at == NEVER else max(0.0, self._wake_at - self._clock()) * 1000
+        ready = self._poll.poll(0 if self._resumable else timeout)
         self.now = self._clock()
         if self.now >= self._wake_at:  # we may have been stopped: what has happened counts before what is late
-            events = self._selector.select(0.0)
-        self.share = min(1.0, TURN_TASKS / (len(events) + len(self._resumable) or 1))
-        for key, mask in events:
-            watcher = self._watched.get(getattr(key, "fd", key), (None, 0))[0]
-            if watcher is not None:  # one before it may have closed the descriptor
-                self.guard(watcher, watcher.ready, mask)
+            ready = self._poll.poll(0)
+        self.crowd = (len(ready) + len(self._resumable)) // TURN_TASKS or 1
+        for descriptor, mask in ready:
+            task, events = self._watched.get(descriptor, (None, 0))
+            if task is not None:  # one before it may have closed the descriptor
+                self.guard(task, task.ready, mask & events or events)  # after an error, for all that is waited for
         resumable, self._resumable = self._resumable, {}
         for task in resumable:
             self.guard(task, task.resume)
@@ -1646,12 +1648,9 @@ class Admission(Task):
         """Watch the listeners or not, as it is right now: called in every turn of the loop."""
         admits = self.rest_until == NEVER
         if admits != self._open:
-            try:
-                for listener in self.listeners:
-                    listener.watch(admits)
-                self._open = admits
-            except OSError as error:
-                self._make_room(f"cannot accept clients for now: {error.strerror}", dismiss=False)
+            self._open = admits
+            for listener in self.listeners:
+                listener.watch(admits)
 
     def places(self) -> int:
         """Return how many clients may come in now; for the first of them somebody may have to leave."""
@@ -1729,6 +1728,7 @@ class Connection(Task):
 
     def __init__(self, server: Server, reader: int, writer: int, sock: _socket.socket | None, client: str) -> None:
         self._server = server
+        self._loop = server.loop
         self._number = server.sessions
         self._reader = reader
         self._writer = writer
@@ -1740,10 +1740,9 @@ class Connection(Task):
         self._phase = OPEN
         self._actions: list[Action] = []  # not yet performed
         self._replies = bytearray(GREETING)  # not yet written
-        self._hungry = False  # the session has asked for input
         self._ended = False  # the client has said all it will say
-        self.delivered_at = server.loop.now  # when its last mail was, or it began
-        self._progress = server.loop.now  # when there was some, while OPEN
+        self.delivered_at = self._loop.now  # when its last mail was, or it began
+        self._progress = self._loop.now  # when there was some, while OPEN
         self._deadline = NEVER  # while PAUSED, CLOSING or DRAINING
         self.orderly = False  # ended by QUIT or EOF between mails
 
@@ -1761,7 +1760,7 @@ class Connection(Task):
 
     def _receive(self) -> None:
         try:
-            data = os.read(self._reader, int(RECEIVE_SIZE * self._server.loop.share))
+            data = os.read(self._reader, RECEIVE_SIZE // self._loop.crowd)
         except BlockingIOError:
             return
         except OSError:
@@ -1771,11 +1770,10 @@ class Connection(Task):
             if not data:
                 self._forget()
             return
-        self._hungry = False
         self._ended = not data
         if self._session.data is not None:
             earned = self._progress + len(data) * DATA_SECONDS_PER_OCTET
-            self._progress = min(self._server.loop.now, earned)
+            self._progress = min(self._loop.now, earned)
         self._session.receive(data)
         self.resume()
 
@@ -1792,40 +1790,42 @@ class Connection(Task):
         if self._phase == CLOSING:
             self._drain()
 
-    def _watch(self) -> None:
-        """Tell the loop what we wait for."""
+    def _watch(self, hungry: bool = False) -> None:
+        """Tell the loop what we wait for; `hungry` says that the session has asked for input."""
         if self._phase == CLOSED:
             return
-        reading = READ * ((self._phase == OPEN and self._hungry) or self._phase == DRAINING)
-        writing = WRITE * bool(self._replies)
+        if self._phase == OPEN and not hungry and len(self._replies) <= REPLY_BUFFER:
+            self._loop.resume_later(self)  # its turn is over, or its replies have just been taken
+        reading = READ if hungry or self._phase == DRAINING else 0
+        writing = WRITE if self._replies else 0
         if self._reader == self._writer:
-            self._server.loop.watch(self._reader, reading | writing, self)
+            self._loop.watch(self._reader, reading | writing, self)
         else:
-            self._server.loop.watch(self._reader, reading, self)
-            self._server.loop.watch(self._writer, writing, self)
+            self._loop.watch(self._reader, reading, self)
+            self._loop.watch(self._writer, writing, self)
 
     # Actions
 
     def resume(self) -> None:
         """Perform what the session wants until it needs input, must wait, or its turn is over."""
-        for _ in range(int(TURN_STEPS * self._server.loop.share)):
+        hungry = False
+        for _ in range(TURN_STEPS // self._loop.crowd):
             if self._server.stopping:
                 self.stop(now=False)
             if self._phase != OPEN or len(self._replies) > REPLY_BUFFER:
                 break
-            actions, self._actions = self._actions or self._session.step(), []
+            actions = self._actions or self._session.step()
+            self._actions = []
             if not actions:
-                self._hungry = True
+                hungry = True
                 if not self._replies:
                     set_tcp(self._sock, "TCP_QUICKACK")  # most clients send the final dot only after that
                 break
-            self._progress = self._server.loop.now
+            self._progress = self._loop.now
             for action in actions:
                 self._perform(action)
         self._flush()
-        if not self._hungry and self._phase == OPEN and len(self._replies) <= REPLY_BUFFER:
-            self._server.loop.resume_later(self)  # its turn is over, or its replies have just been taken
-        self._watch()
+        self._watch(hungry)
 
     def _perform(self, action: Action) -> None:
         if isinstance(action, bytes):
@@ -1834,7 +1834,7 @@ class Connection(Task):
             self._deliver(action)
         elif isinstance(action, AuthResult):
             self._actions = action.then
-            self._pause(self._server.throttle.delay(self._server.loop.now, action.failed))
+            self._pause(self._server.throttle.delay(self._loop.now, action.failed))
         elif isinstance(action, Note):
             self.log(action.level, action.text)
         else:
@@ -1844,9 +1844,9 @@ class Connection(Task):
         """Take the outcome of the session's delivery; its client may have gone."""
         if self._phase == DELIVERING:
             self._actions = self._session.conclude(delivered, reply)
-            self._progress = self._server.loop.now
+            self._progress = self._loop.now
             if delivered:
-                self.delivered_at = self._server.loop.now
+                self.delivered_at = self._loop.now
             self._reopen()
 
     # Time
@@ -1881,8 +1881,8 @@ class Connection(Task):
             self._forget()
 
     def _set_deadline(self, delay: float) -> None:
-        self._deadline = self._server.loop.now + delay
-        self._server.loop.schedule(self._deadline)
+        self._deadline = self._loop.now + delay
+        self._loop.schedule(self._deadline)
 
     # Phases
 
@@ -1897,8 +1897,8 @@ class Connection(Task):
 
     def _reopen(self) -> None:
         self._phase = OPEN
-        self._server.loop.schedule(self.due())
-        self._server.loop.resume_later(self)
+        self._loop.schedule(self.due())
+        self._loop.resume_later(self)
 
     def stop(self, now: bool) -> None:
         """End a session because the server stops: before its next mail, or `now`, but for a delivery."""
@@ -1954,8 +1954,8 @@ class Connection(Task):
         self._phase = CLOSED
         self._replies.clear()
         self._session.close()
-        self._server.loop.watch(self._reader, 0, self)
-        self._server.loop.watch(self._writer, 0, self)
+        self._loop.watch(self._reader, 0, self)
+        self._loop.watch(self._writer, 0, self)
         if self._sock is not None:
             self._sock.close()
         self._server.ended(self)
@@ -2174,7 +2174,7 @@ class Output(Task):
             text = text[:OUTPUT_HEAD] + b"\n...\n" + text[-OUTPUT_TAIL:]
         self.kept = text
         self._forgiven_at = max(self._forgiven_at, self._outputs.loop.now) + len(data) * 3600 / LEFTOVER_OUTPUT
-        if self._outputs.mirror >= 0:
+        if data and self._outputs.mirror >= 0:
             write_now(self._outputs.mirror, data)
         return bool(data)
 
@@ -2273,35 +2273,6 @@ class Signals(Task):
 # a socket, two pipes, a terminal or a regular file.  Classic inetd puts the
 # socket on descriptor 2 as well, where nothing but SMTP may ever be written;
 # main() has seen to that before anything else.
-
-
-class SmallSelector:
-    """selectors.PollSelector at a third of the start-up.
-
-    epoll would refuse regular files, and select() descriptors from 1024 (256 on NetBSD).
-    """
-
-    def __init__(self) -> None:
-        self._events: dict[int, int] = {}
-        self._poll = select.poll()
-
-    def register(self, fileobj: int, events: int) -> None:
-        self._events[fileobj] = events
-        self._poll.register(fileobj, select.POLLIN * (events & READ) | select.POLLOUT * (events // WRITE))
-
-    modify = register
-
-    def unregister(self, fileobj: int) -> None:
-        del self._events[fileobj]
-        self._poll.unregister(fileobj)
-
-    def select(self, timeout: float | None = None) -> list[tuple[Any, int]]:
-        ready = self._poll.poll(None if timeout is None else timeout * 1000)
-        # An error or a hang-up is ready for whatever is waited for.
-        return [
-            (fd, self._events[fd] & (READ * (mask != select.POLLOUT) | WRITE * (mask != select.POLLIN)))
-            for fd, mask in ready
-        ]
 
 
 def serve_inetd(server: Server) -> int:
@@ -2777,13 +2748,7 @@ def build_server(options: Options) -> Server:
         credentials = Credentials(user, get_password(user, password_command, options.inetd))
     command = Command(options.command, command_environment())
     policy = Policy(options.max_size, credentials, command.takes)
-    if options.inetd:
-        selector: Selector = SmallSelector()
-    else:
-        import selectors
-
-        selector = selectors.DefaultSelector()
-    server = Server(Loop(selector, log), log, policy, command, Throttle(always=options.inetd))
+    server = Server(Loop(select.poll(), log), log, policy, command, Throttle(always=options.inetd))
     Signals(server)
     return server
 

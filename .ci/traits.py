@@ -14,42 +14,18 @@ import errno
 import functools
 import os
 import select
-import selectors
 import stat
 import sys
 from typing import Any, Callable
 
 SYSTEMS = {
-    "freebsd": "kqueue notmpfile nomore noquickack nosetsid devfd3 pipebuf512 noidentity",
-    "openbsd": "kqueue notmpfile nomore noquickack nosetsid devfd63 pipebuf512 noidentity noacceptconn spawn127",
-    "netbsd": "kqueue notmpfile nomore noquickack nosetsid devfd63 pipebuf512 noidentity fdset256",
-    "dragonfly": "kqueue notmpfile nomore noquickack nosetsid devfd3 pipebuf512 noidentity signal32",
-    "macos": "kqueue notmpfile nomore noquickack pipebuf512 noidentity noacceptconn",
+    "freebsd": "notmpfile nomore noquickack nosetsid devfd3 pipebuf512 noidentity",
+    "openbsd": "notmpfile nomore noquickack nosetsid devfd63 pipebuf512 noidentity noacceptconn spawn127",
+    "netbsd": "notmpfile nomore noquickack nosetsid devfd63 pipebuf512 noidentity fdset256",
+    "dragonfly": "notmpfile nomore noquickack nosetsid devfd3 pipebuf512 noidentity signal32",
+    "macos": "notmpfile nomore noquickack pipebuf512 noidentity noacceptconn",
     "pypy": "nospawn",
 }
-
-
-def selector(kind: str) -> Callable[[], None]:
-    return lambda: setattr(selectors, "DefaultSelector", getattr(selectors, kind))
-
-
-class Kqueue(selectors.PollSelector):
-    """Tells each direction by an event of its own, and forgets a descriptor before it learns anew what to watch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._queue = os.open(os.devnull, os.O_RDWR)  # the real one has a descriptor, too
-
-    def close(self) -> None:
-        os.close(self._queue)
-        super().close()
-
-    def modify(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
-        self.unregister(fileobj)
-        return self.register(fileobj, events, data)
-
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        return [(key, one) for key, events in super().select(timeout) for one in (1, 2) if events & one]
 
 
 def without(module: Any, *names: str) -> Callable[[], None]:
@@ -158,9 +134,6 @@ def fd_set_256(real: Callable[..., Any] = select.select) -> None:
 
 
 TRAITS: dict[str, Callable[[], None]] = {
-    "poll": selector("PollSelector"),
-    "select": selector("SelectSelector"),
-    "kqueue": lambda: setattr(selectors, "DefaultSelector", Kqueue),
     "notmpfile": no_tmpfile,
     "nomore": without(_socket, "MSG_MORE"),
     "noquickack": without(_socket, "TCP_QUICKACK"),
