@@ -85,20 +85,6 @@ def cells(text: str) -> list[str]:
     return [cell.replace(r"\n", "\n") for cell in re.split(r"\s{3,}", text.strip())]
 
 
-class Mail:
-    """A delivery as the protocol core asks for it, without the Received field."""
-
-    def __init__(self, action: msmtpd.Deliver) -> None:
-        self.sender = action.envelope.sender
-        self.recipients = list(action.envelope.recipients)
-        self.size = action.size
-        self.content = spooled(action.spool)
-
-    def __str__(self) -> str:
-        path = " ".join(f"<{p.decode()}>" for p in (self.sender, *self.recipients))
-        return f"D: {path} | {self.content.decode('latin-1').encode('unicode_escape').decode()}".rstrip(" ")
-
-
 def spooled(spool: msmtpd.Spool) -> bytes:
     with os.fdopen(spool.open(), "rb") as file:
         content = file.read()
@@ -111,7 +97,7 @@ class Peer:
 
     def __init__(self, policy: msmtpd.Policy | None = None, outcome: bytes = msmtpd.DELIVERED) -> None:
         self.events: list[str] = []
-        self.mails: list[Mail] = []
+        self.mails: list[msmtpd.Deliver] = []
         self.notes: list[str] = []
         self.pauses: list[bool] = []
         self.protocols: list[tuple[bytes, str]] = []
@@ -124,14 +110,7 @@ class Peer:
         return msmtpd.Spool()
 
     def feed(self, data: bytes) -> None:
-        if data:
-            self._take(data)
-
-    def end(self) -> None:
-        """Say that no more input will come."""
-        self._take(b"")
-
-    def _take(self, data: bytes) -> None:
+        """Take input, b"" for its end."""
         self.session.receive(data)
         while actions := self.session.step():
             for action in actions:
@@ -142,8 +121,10 @@ class Peer:
             assert action.endswith(b"\r\n") and max(map(len, action.splitlines(True))) <= 512
             self.events += ["S: " + line.decode() for line in action.splitlines()]
         elif isinstance(action, msmtpd.Deliver):
-            self.mails.append(Mail(action))
-            self.events.append(str(self.mails[-1]))
+            self.mails.append(action)
+            paths = " ".join(f"<{path.decode()}>" for path in (action.envelope.sender, *action.envelope.recipients))
+            content = spooled(action.spool).decode("latin-1").encode("unicode_escape").decode()
+            self.events.append(f"D: {paths} | {content}".rstrip(" "))
             for reply in self.session.conclude(self.outcome[:1] == b"2", self.outcome):
                 self._perform(reply)
         elif isinstance(action, msmtpd.AuthResult):
@@ -183,8 +164,7 @@ TURNS = {
     "BYE": "S: 221 2.0.0 Bye\nX:",
     "TEXT": "C|Gr\\xc3\\xbc\\xc3\\x9fe\\r\\n..dot\\r\\n\\r\\n.\\r\\n\nSENT",
     "SENT": "D: <a@b> <c@d> | Gr\\xc3\\xbc\\xc3\\x9fe\\n.dot\\n\\n\nPIPED",
-    "NO-EHLO": "S: 503 5.5.1 Send EHLO first",
-    "NO-MAIL": "S: 503 5.5.1 Send MAIL first",
+    "EMPTY": "C: .\nD: <a@b> <c@d> |\nPIPED",
 }
 
 
@@ -224,17 +204,15 @@ def play(text: str, policy: msmtpd.Policy | None = None, outcome: bytes = msmtpd
             expected.append(line)
             continue
         assert matches(expected, peer.events), f"before {line!r}: {peer.events} is not {expected}"
-        peer.feed(client_octets(line)) if line != "C." else peer.end()
+        peer.feed(client_octets(line))
     assert matches(expected, peer.events), f"{peer.events} is not {expected}"
 
-    octets = b"".join(client_octets(line) for line in lines if line[:1] == "C" != line)
+    octets = b"".join(client_octets(line) for line in lines if line[:1] == "C")
     splits = [[octets[:i], octets[i:]] for i in range(1, len(octets))]
     for pieces in [[octets], [octets[i : i + 1] for i in range(len(octets))], *splits]:
         other = Peer(policy, outcome)
-        for piece in pieces:
+        for piece in [*pieces, *[b""] * ("C." in lines)]:
             other.feed(piece)
-        if lines[-2:-1] == ["C."]:
-            other.end()
         assert matches(expected, other.events), f"in pieces: {other.events} is not {expected}"
         assert (other.notes, other.pauses) == (peer.notes, peer.pauses)
     return peer
@@ -308,29 +286,20 @@ def test_every_single_octet_is_allowed_or_refused_as_designed() -> None:
         assert refusal(b"a%ca@b" % octet) == (None if octet in allowed else refused), octet
 
 
-MAIL_PARAMETERS: dict[tuple[int, bool] | str, list[str]] = {  # size and SMTPUTF8, or the code of the refusal
-    (0, False): ["", "AUTH=<>", "AUTH=e+3Dmc2@example.com"],
-    (1, False): ["SIZE=1", "size=1", "  SIZE=1   BODY=8bitmime  "],
-    (0, True): ["BODY=7BIT SMTPUTF8"],
-    (99999999999999999999, False): ["SIZE=99999999999999999999"],
-    "501": [
-        "SIZE=999999999999999999999",
-        "SIZE=",
-        "SIZE",
-        "SIZE=x",
-        "SIZE=-1",
-        "BODY=BINARYMIME",
-        "BODY",
-        "AUTH=",
-        "SMTPUTF8=1",
-    ],
-    "555": ["RET=HDRS", "=", "X"],
+MAIL_PARAMETERS: dict[tuple[int, bool] | str, str] = {  # size and SMTPUTF8, or the code of the refusal
+    (0, False): "AUTH=<>   AUTH=e+3Dmc2@example.com",
+    (1, False): "SIZE=1   size=1   SIZE=1  BODY=8bitmime",
+    (0, True): "BODY=7BIT SMTPUTF8",
+    (99999999999999999999, False): "SIZE=99999999999999999999",
+    "501": """
+        SIZE=999999999999999999999   SIZE=   SIZE   SIZE=x   SIZE=-1   BODY=BINARYMIME   BODY   AUTH=   SMTPUTF8=1""",
+    "555": "RET=HDRS   =   X",
 }
 
 
 @pytest.mark.parametrize("expected", MAIL_PARAMETERS)
 def test_parameters_of_mail(expected: tuple[int, bool] | str) -> None:
-    for text in MAIL_PARAMETERS[expected]:
+    for text in cells(MAIL_PARAMETERS[expected]):
         try:
             assert msmtpd.mail_parameters(text.encode()) == expected, text
         except msmtpd.Refused as refused:
@@ -354,31 +323,45 @@ def decode(octets: bytes, line_end: bytes, pieces: Iterable[int] = ()) -> tuple[
     return None
 
 
-MAIL_DATA = [  # octets after DATA, what the command gets, what follows the end; in a session with CRLF
-    (b".\r\n", b"", b""),
-    (b"a\r\n.\r\n", b"a\n", b""),
-    (b"a\r\nb\r\n.\r\nQUIT\r\n", b"a\nb\n", b"QUIT\r\n"),
-    (b"..\r\n.\r\n", b".\n", b""),
-    (b".x\r\n.\r\n", b"x\n", b""),
-    (b"...\r\n..a\r\n.\r\n", b"..\n.a\n", b""),
-    (b"\r\n.\r\n", b"\n", b""),
-    (b"\r\n\r\n.\r\n", b"\n\n", b""),
-    (b"a\nb\r\n.\r\n", b"a\nb\n", b""),
-    (b"a\rb\r\n.\r\n", b"a\rb\n", b""),
-    (b"a\r\r\n.\r\n", b"a\r\n", b""),
-    (b"\0\xff\x80\r\n.\r\n", b"\0\xff\x80\n", b""),
-    (b"x" * 5000 + b"\r\n.\r\n", b"x" * 5000 + b"\n", b""),
-    (b"a.\r\n.b\r\n.\r\n", b"a.\nb\n", b""),
-]
+MAIL_DATA = {  # by the end of the line that said DATA: octets behind it, what the command gets, what follows the end
+    b"\r\n": [
+        (b".\r\n", b"", b""),
+        (b"a\r\n.\r\n", b"a\n", b""),
+        (b"a\r\nb\r\n.\r\nQUIT\r\n", b"a\nb\n", b"QUIT\r\n"),
+        (b"..\r\n.\r\n", b".\n", b""),
+        (b".x\r\n.\r\n", b"x\n", b""),
+        (b"...\r\n..a\r\n.\r\n", b"..\n.a\n", b""),
+        (b"\r\n.\r\n", b"\n", b""),
+        (b"\r\n\r\n.\r\n", b"\n\n", b""),
+        (b"a\nb\r\n.\r\n", b"a\nb\n", b""),
+        (b"a\rb\r\n.\r\n", b"a\rb\n", b""),
+        (b"a\r\r\n.\r\n", b"a\r\n", b""),
+        (b"\0\xff\x80\r\n.\r\n", b"\0\xff\x80\n", b""),
+        (b"x" * 5000 + b"\r\n.\r\n", b"x" * 5000 + b"\n", b""),
+        (b"a.\r\n.b\r\n.\r\n", b"a.\nb\n", b""),
+    ],
+    b"\n": [
+        (b".\n", b"", b""),
+        (b"a\n.\nQUIT\n", b"a\n", b"QUIT\n"),
+        (b"..\n.\n", b".\n", b""),
+        (b"a\r\n.\r\nQUIT\r\n", b"a\n", b"QUIT\r\n"),
+        (b"a\r\n.\n", b"a\n", b""),
+        (b"a\n.\r\n", b"a\n", b""),
+        (b"a\n.b\n.\n", b"a\nb\n", b""),
+    ],
+    b"\r\r\n": [
+        (b".\r\r\n", b"", b""),
+        (b"a\r\r\n..\r\r\n.\r\r\nQUIT\r\r\n", b"a\r\n.\r\n", b"QUIT\r\r\n"),
+        (b"a\n.\nb\r\n.\n\r.\r\n.\r\n", b"a\n.\nb\n\n\r.\n", b""),
+    ],
+}
 
 
-@pytest.mark.parametrize("octets, content, rest", MAIL_DATA)
-def test_mail_data_is_decoded_however_it_is_cut(octets: bytes, content: bytes, rest: bytes) -> None:
-    places = range(1, min(len(octets), 60))
-    for pieces in [(), tuple(places), *((place,) for place in places)]:
-        found = decode(octets, b"\r\n", pieces)
-        assert found is not None and found[0] == content
-        assert rest.startswith(found[1])  # the rest may not have come yet
+@pytest.mark.parametrize("eol, octets, content, rest", [(eol, *row) for eol, rows in MAIL_DATA.items() for row in rows])
+def test_mail_data_is_decoded_however_it_is_cut(eol: bytes, octets: bytes, content: bytes, rest: bytes) -> None:
+    end = len(octets) - len(rest)
+    for pieces in [range(1, end), *((place,) for place in range(end))]:
+        assert decode(octets, eol, pieces) == (content, rest)
 
 
 # What has been taken for the end of data by one server and for content by
@@ -399,28 +382,6 @@ def test_only_crlf_dot_crlf_ends_the_data_of_a_crlf_session(fake: bytes) -> None
     for place in range(len(octets) - 6):
         assert decode(octets[:-6], b"\r\n", (place,)) == (content, b"")
     assert decode(octets, b"\r\n") == (content, b"NOOP\r\n")
-
-
-OTHER_MAIL_DATA = [  # the end of the line that said DATA, then as above
-    (b"\n", b".\n", b"", b""),
-    (b"\n", b"a\n.\nQUIT\n", b"a\n", b"QUIT\n"),
-    (b"\n", b"..\n.\n", b".\n", b""),
-    (b"\n", b"a\r\n.\r\nQUIT\r\n", b"a\n", b"QUIT\r\n"),
-    (b"\n", b"a\r\n.\n", b"a\n", b""),
-    (b"\n", b"a\n.\r\n", b"a\n", b""),
-    (b"\n", b"a\n.b\n.\n", b"a\nb\n", b""),
-    (b"\r\r\n", b".\r\r\n", b"", b""),
-    (b"\r\r\n", b"a\r\r\n..\r\r\n.\r\r\nQUIT\r\r\n", b"a\r\n.\r\n", b"QUIT\r\r\n"),
-    (b"\r\r\n", b"a\n.\nb\r\n.\n\r.\r\n.\r\n", b"a\n.\nb\n\n\r.\n", b""),
-]
-
-
-@pytest.mark.parametrize("line_end, octets, content, rest", OTHER_MAIL_DATA)
-def test_a_session_with_other_line_ends_ends_its_data_with_them(
-    line_end: bytes, octets: bytes, content: bytes, rest: bytes
-) -> None:
-    for place in range(len(octets) - len(rest)):
-        assert decode(octets, line_end, (place,)) == (content, rest)
 
 
 def test_a_cut_anywhere_changes_nothing() -> None:
@@ -444,24 +405,18 @@ def test_the_size_limit_is_found_while_reading_and_the_data_are_read_to_their_en
     assert not spool._memory
 
 
-def test_a_mail_that_has_passed_too_often_is_a_loop() -> None:
-    field = msmtpd.received_field(b"x", "127.0.0.1", "127.0.0.1", "ESMTP", 0).replace(b"\n", b"\r\n")
-    for hops, failure in ((msmtpd.MAX_HOPS, None), (msmtpd.MAX_HOPS + 1, msmtpd.MAIL_LOOP)):
-        data = msmtpd.MailData(msmtpd.Spool(), 10**6, b"\r\n")
-        assert data.feed(field * hops + b"\r\n.\r\n") == 0
-        assert data.failure == failure
-    assert msmtpd.MAX_HOPS < msmtpd.MAX_COMMANDS
-
-
 @pytest.mark.parametrize("eol", [b"\r\n", b"\n"])
-def test_a_loop_is_seen_in_the_header_alone_however_it_is_cut(eol: bytes) -> None:
-    fields = msmtpd.received_field(b"x", "::1", "::1", "ESMTP", 0).replace(b"\n", eol) * (msmtpd.MAX_HOPS + 1)
-    mails = {b"A: b" + eol + fields + eol: msmtpd.MAIL_LOOP, b"A: b" + eol + eol + fields: None, eol + fields: None}
+def test_a_mail_that_has_passed_too_often_is_a_loop_however_it_is_cut(eol: bytes) -> None:
+    """Its header tells; msmtpd may not become short of commands before."""
+    field = msmtpd.received_field(b"x", "::1", "::1", "ESMTP", 0).replace(b"\n", eol)
+    often, head = field * msmtpd.MAX_HOPS, b"A: b" + eol
+    mails = {head + often + field + eol: msmtpd.MAIL_LOOP, often + eol + field: None, eol + often + field: None}
     for mail, failure in mails.items():
         for cut in range(len(mail)):
             data = msmtpd.MailData(msmtpd.Spool(), 10**6, eol)
             assert data.feed(mail[:cut]) == -1 and data.feed(mail[cut:] + b"." + eol) == 0
             assert data.failure == failure
+    assert msmtpd.MAX_HOPS < msmtpd.MAX_COMMANDS
 
 
 def test_a_spool_stays_in_memory_while_it_is_small_and_is_then_an_unlinked_file(
@@ -598,12 +553,18 @@ EXCHANGES = {
 
 @pytest.mark.parametrize("code, exchange", [(code, one) for code, all_ in EXCHANGES.items() for one in all_])
 def test_an_exchange_succeeds_fails_or_is_malformed(code: str, exchange: str) -> None:
-    """A failure is delayed and logged, a malformed exchange is no failure, and both leave another try."""
-    before_login = "C: MAIL FROM:<a@b> -> 530 ...\n" if code[0] == "5" else ""
-    success = f"LOGIN\nC: {JOE} -> 503 5.5.1 Already..." if code[0] == "5" else f"C: {JOE} -> 503 5.5.1 Already..."
-    peer = play_auth(f"{exchange}\nS: {code}...\n{before_login}{success}")
-    assert peer.pauses == [True] * (code[:3] == "535") + [False]
-    assert peer.notes.count("authentication failed") == (code[:3] == "535")
+    """A failure is delayed and logged, a malformed exchange is no failure, and both leave another try.
+
+    What the client sends behind either may have been meant for it: nothing of that is logged.
+    """
+    meant = "C: c2VjcmV0 -> 500 ...\nC: joe -> 500 ...\n"
+    behind = f"{meant}C: MAIL FROM:<a@b> -> 530 ...\nLOGIN\n" if code[0] == "5" else ""
+    peer = play_auth(f"{exchange}\nS: {code}...\n{behind}C: {JOE} -> 503 5.5.1 Already...")
+    failed, unknown = code[:3] == "535", "refused with 500 5.5.2 Command not recognized: AUTH ..."
+    assert peer.pauses == [True] * failed + [False]
+    if behind:
+        assert re.fullmatch("authentication failed" if failed else "refused with 50[14] .*: AUTH ...", peer.notes[0])
+        assert peer.notes[1:3] == [unknown] * 2 and len(peer.notes) == 5
 
 
 def test_the_third_failure_ends_the_session() -> None:
@@ -628,11 +589,10 @@ def test_an_overlong_response_ends_the_exchange() -> None:
 
 
 def test_a_password_may_be_utf8_and_long() -> None:
-    password = "pässwörd ∂ ".encode() * 400
-    policy = msmtpd.Policy(credentials=msmtpd.Credentials("jörg", password))
-    peer = Peer(policy)
-    peer.feed(b"EHLO x\r\nAUTH PLAIN " + base64.b64encode(b"\0" + "jörg".encode() + b"\0" + password) + b"\r\n")
-    assert peer.events[-1] == "S: 235 2.7.0 Authentication succeeded"
+    password = "pässwörd ∂ " * 400
+    peer = Peer(msmtpd.Policy(credentials=msmtpd.Credentials("jörg", password.encode())))
+    peer.feed(login_line("jörg", password))
+    assert len(peer.mails) == 1
 
 
 def test_a_cram_md5_challenge_has_the_form_of_a_message_id_and_its_digest_is_hexadecimal() -> None:
@@ -752,9 +712,7 @@ def test_user_and_password_may_be_written_in_more_ways_than_one(
 def test_nobody_gets_in_with_an_empty_password() -> None:
     policy = msmtpd.Policy(credentials=msmtpd.Credentials("joe", "\u00ad".encode()))
     for password, code in (("", "535"), ("\u200d", "535"), ("\u00ad", "235")):
-        peer = Peer(policy)
-        peer.feed(f"EHLO x\r\nAUTH PLAIN {b64(f'{chr(0)}joe{chr(0)}{password}'.encode())}\r\n".encode())
-        assert peer.events[-1][3:6] == code
+        play(f"EHLO\nC: AUTH PLAIN «\0joe\0{password}» -> {code}...", policy)
 
 
 def test_scram_is_not_offered_by_a_python_without_openssl(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -810,8 +768,7 @@ DIALOGUES = {
         C: .
         D: <> <root> |
         PIPED RSET NOOP EHLO
-        C|MAIL FROM: a@b SIZE=100 BODY=8BITMIME   \\r\\n
-        S: 250 2.1.0 Ok
+        C|MAIL FROM: a@b SIZE=100 BODY=8BITMIME   \\r\\n -> 250 2.1.0 Ok
         C: RCPT TO: <c@d> -> 250 2.1.5 Ok
         DATA
         C|x\\xe9\\0\\r\\n.\\r\\n
@@ -819,18 +776,13 @@ DIALOGUES = {
         PIPED
         """,
     "every mistake in the order of commands": """
-        C: MAIL FROM:<a@b>
-        NO-EHLO
-        C: RCPT TO:<a@b>
-        NO-EHLO
-        C: DATA
-        NO-EHLO
+        C: MAIL FROM:<a@b> -> 503 5.5.1 Send EHLO first
+        C: RCPT TO:<a@b> -> 503 5.5.1 Send EHLO first
+        C: DATA -> 503 5.5.1 Send EHLO first
         C: EHLO -> 501 Say your name: EHLO name
         HELO
-        C: RCPT TO:<a@b>
-        NO-MAIL
-        C: DATA
-        NO-MAIL
+        C: RCPT TO:<a@b> -> 503 5.5.1 Send MAIL first
+        C: DATA -> 503 5.5.1 Send MAIL first
         MAIL
         C: MAIL FROM:<a@b> -> 503 5.5.1 Sender is already given
         C: DATA -> 503 5.5.1 Send RCPT first
@@ -841,19 +793,14 @@ DIALOGUES = {
         C: RCPT TO:<good@x> NOTIFY=NEVER -> 555 5.5.4 ...
         RCPT
         C: DATA now -> 501 5.5.4 No argument allowed
-        DATA
-        C: .
-        D: <a@b> <c@d> |
-        PIPED
-        C: DATA
-        NO-MAIL
+        DATA EMPTY
+        C: DATA -> 503 5.5.1 Send MAIL first
         """,
     "RSET, HELO and EHLO drop the transaction": """
         HELO MAIL RSET
-        C: RCPT TO:<c@d>
-        NO-MAIL MAIL HELO
-        C: RCPT TO:<c@d>
-        NO-MAIL
+        C: RCPT TO:<c@d> -> 503 5.5.1 Send MAIL first
+        MAIL HELO
+        C: RCPT TO:<c@d> -> 503 5.5.1 Send MAIL first
         """,
     "what is answered at any time, with arguments, in a transaction too": """
         C: NOOP before EHLO -> 250 2.0.0 Ok
@@ -862,8 +809,7 @@ DIALOGUES = {
         C: EXPN list -> 502 5.5.1 Command not implemented
         C: STARTTLS -> 502 5.5.1 Command not implemented
         RSET
-        C:
-        S: 500 5.5.2 Command not recognized
+        C: -> 500 5.5.2 Command not recognized
         C: BDAT 10 LAST -> 500 5.5.2 Command not recognized
         HELO MAIL
         C: VRFY root -> 252 2.5.0 ...
@@ -872,14 +818,10 @@ DIALOGUES = {
         C: NOOP
         """,
     "a person with nc": """
-        C|HELO me\\n
-        S: 250 localhost
-        C|MAIL FROM:me@x\\n
-        S: 250 2.1.0 Ok
-        C|RCPT TO:you@x\\n
-        S: 250 2.1.5 Ok
-        C|DATA\\n
-        S: 354 Send data
+        C|HELO me\\n -> 250 localhost
+        C|MAIL FROM:me@x\\n -> 250 2.1.0 Ok
+        C|RCPT TO:you@x\\n -> 250 2.1.5 Ok
+        C|DATA\\n -> 354 Send data
         C|hello\\n..\\n.\\n
         D: <me@x> <you@x> | hello\\n.\\n
         PIPED
@@ -887,31 +829,22 @@ DIALOGUES = {
         BYE
         """,
     "a program whose CR LF is translated to CR CR LF": """
-        C|HELO x\\r\\r\\n
-        S: 250 localhost
-        C|NOOP\\r\\r\\n
-        S: 250 2.0.0 Ok
-        C|\\r\\r\\n
-        S: 500 5.5.2 Command not recognized
-        C|MAIL FROM:<a@b>\\r\\r\\n
-        S: 250 2.1.0 Ok
-        C|RCPT TO:<c@d>\\r\\r\\n
-        S: 250 2.1.5 Ok
-        C|DATA\\r\\r\\n
-        S: 354 Send data
+        C|HELO x\\r\\r\\n -> 250 localhost
+        C|NOOP\\r\\r\\n -> 250 2.0.0 Ok
+        C|\\r\\r\\n -> 500 5.5.2 Command not recognized
+        C|MAIL FROM:<a@b>\\r\\r\\n -> 250 2.1.0 Ok
+        C|RCPT TO:<c@d>\\r\\r\\n -> 250 2.1.5 Ok
+        C|DATA\\r\\r\\n -> 354 Send data
         C|x\\r\\r\\n.\\r\\r\\n
         D: <a@b> <c@d> | x\\r\\n
         PIPED
-        MAIL
-        RCPT
-        DATA
+        MAIL RCPT DATA
         C|x\\r\\r\\n.\\r\\r\\n
         C: .
         D: <a@b> <c@d> | x\\r\\n\\r\\n
         PIPED
         C|QUIT\\r\\r\\n
-        S: 221 2.0.0 Bye
-        X:
+        BYE
         """,
     "addresses with SMTPUTF8": """
         HELO
@@ -922,14 +855,10 @@ DIALOGUES = {
         C: RCPT TO:<å@x> -> 553 5.6.7 Address needs SMTPUTF8
         """,
     "blanks": """
-        C|HELO\\tx \\t\\r\\n
-        S: 250 localhost
-        C|MAIL\\tFROM: <a@b>\\t\\r\\n
-        S: 250 2.1.0 Ok
-        C|RCPT  TO: c@d \\r\\n
-        S: 250 2.1.5 Ok
-        C|RSET \\t\\r\\n
-        S: 250 2.0.0 Ok
+        C|HELO\\tx \\t\\r\\n -> 250 localhost
+        C|MAIL\\tFROM: <a@b>\\t\\r\\n -> 250 2.1.0 Ok
+        C|RCPT  TO: c@d \\r\\n -> 250 2.1.5 Ok
+        C|RSET \\t\\r\\n -> 250 2.0.0 Ok
         """,
     "sizes": """
         HELO
@@ -938,8 +867,7 @@ DIALOGUES = {
         """,
     "a form that a browser sends in the middle of a session": """
         NOOP
-        C:
-        S: 500 5.5.2 Command not recognized
+        C: -> 500 5.5.2 Command not recognized
         C: POST / HTTP/1.1
         X:
         C: NOOP
@@ -1056,7 +984,7 @@ def test_a_thousand_recipients_and_no_more() -> None:
         f"refused with 452 {msmtpd.TOO_MANY_RECIPIENTS[4:-2].decode()}: RCPT TO:<r{i}@x>" for i in range(1000, 1020)
     ]
     peer.feed(b"DATA\r\n.\r\n")
-    assert len(peer.mails[0].recipients) == 1000
+    assert len(peer.mails[0].envelope.recipients) == 1000
 
 
 @pytest.mark.parametrize("length, reply", [(4096, "250"), (4097, "500"), (100_000, "500")])
@@ -1079,18 +1007,10 @@ def test_the_rest_of_an_overlong_line_may_be_anything() -> None:
 
 
 def test_twenty_errors_without_a_mail_end_the_session() -> None:
-    peer = Peer()
-    mail = b"HELO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n.\r\n"
-    peer.feed(b"FOO\r\n" * 19 + mail + b"FOO\r\n" * 19)
-    assert peer.closed is None
-    peer.feed(b"FOO\r\nNOOP\r\n")
-    assert peer.events[-3:] == [
-        "S: 500 5.5.2 Command not recognized",
-        "S: 421 4.7.0 Too many errors, closing connection",
-        "X:",
-    ]
-    assert peer.closed is False and peer.notes[39:] == ["too many errors"]
-    assert peer.notes[:39] == ["refused with 500 5.5.2 Command not recognized: FOO"] * 39
+    error, end = "C: FOO -> 500 5.5.2 Command not recognized\n", "S: 421 4.7.0 Too many errors, closing connection\nX:"
+    peer = play(f"{error * 19}HELO MAIL RCPT DATA EMPTY\n{error * 20}{end}\nC: NOOP")
+    assert peer.closed is False
+    assert peer.notes == ["refused with 500 5.5.2 Command not recognized: FOO"] * 39 + ["too many errors"]
 
 
 def test_twenty_refused_mails_end_the_session_too() -> None:
@@ -1099,31 +1019,23 @@ def test_twenty_refused_mails_end_the_session_too() -> None:
     assert len(peer.mails) == 20 and peer.closed is False
 
 
-SMUGGLED = "EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\nspam\r\n.\r\nQUIT\r\n"
-NOT_SMTP = {  # and what the log says of it
-    "GET / HTTP/1.1\r\nHost: localhost:25\r\n\r\n": "HTTP: GET / HTTP/1.1",
-    "POST / HTTP/1.1\r\nHost: localhost:25\r\nContent-Type: text/plain\r\n\r\n": "HTTP: POST / HTTP/1.1",
-    "PUT / HTTP/1.0\r\n\r\n": "HTTP: PUT / HTTP/1.0",
-    "post /\r\n\r\n": "HTTP: post /",
-    "OPTIONS * HTTP/1.1\r\n\r\n": "HTTP: OPTIONS * HTTP/1.1",
-    "PROPFIND / HTTP/1.1\r\n\r\n": "HTTP: PROPFIND / HTTP/1.1",
-    "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n": "HTTP: PRI * HTTP/2.0",
-    "CONNECT localhost:25 HTTP/1.1\r\n\r\n": "HTTP: CONNECT localhost:25 HTTP/1.1",
-    "\xef\xbb\xbfGET / HTTP/1.1\r\n\r\n": "HTTP: \\xef\\xbb\\xbfGET / HTTP/1.1",
-    "Host: localhost\r\n\r\n": "sends header lines: Host: localhost",
-    "Subject: \x1b[2J\r\n\r\n": "sends header lines: Subject: \\x1b[2J",
-    "PROXY TCP4 192.0.2.1 192.0.2.2 4711 25\r\n": "PROXY protocol: PROXY TCP4 192.0.2.1 192.0.2.2 4711 25",
-    "\0\x01\0\x50\x21\x12\xa4\x42abc\r\n": "STUN: \\x00\\x01\\x00P!\\x12\\xa4Babc",
-    "\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03\r\n": r"TLS: \x16\x03",
-    "\x16\x03\x01": r"TLS: \x16\x03",
+SMUGGLED = r"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\nspam\r\n.\r\nQUIT\r\n"
+NOT_SMTP = {  # what the log says of clients, and how they begin
+    "HTTP": r"""
+        GET / HTTP/1.1   POST / HTTP/1.1   PUT / HTTP/1.0   post /   OPTIONS * HTTP/1.1   PROPFIND / HTTP/1.1
+        PRI * HTTP/2.0   CONNECT localhost:25 HTTP/1.1   \xef\xbb\xbfGET / HTTP/1.1""",
+    "sends header lines": r"Host: localhost   Subject: \x1b[2J",
+    "PROXY protocol": "PROXY TCP4 192.0.2.1 192.0.2.2 4711 25",
+    "STUN": r"\x00\x01\x00P!\x12\xa4Babc",
+    "TLS": r"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03   \x16\x03",
 }
 
 
-@pytest.mark.parametrize("octets", NOT_SMTP)
-@pytest.mark.parametrize("before", ["", "NOOP\n", "HELO\nLOGIN\nMAIL\nRCPT\n"])
-def test_what_is_not_smtp_is_closed_at_once_without_a_word(before: str, octets: str) -> None:
-    peer = play(f"{before}C|{octets.encode('unicode_escape').decode()}{SMUGGLED!r}\nX:".replace("'", ""), AUTH_POLICY)
-    assert peer.notes == [f"client does not speak SMTP but {NOT_SMTP[octets]}"]
+@pytest.mark.parametrize("what, line", [(what, line) for what, lines in NOT_SMTP.items() for line in cells(lines)])
+@pytest.mark.parametrize("before", ["", "NOOP", "HELO LOGIN MAIL RCPT"])
+def test_what_is_not_smtp_is_closed_at_once_without_a_word(before: str, what: str, line: str) -> None:
+    peer = play(f"{before}\nC|{line}\\r\\n{SMUGGLED}\nX:", AUTH_POLICY)
+    assert peer.notes == [f"client does not speak SMTP but {what}: " + (line if what != "TLS" else r"\x16\x03")]
 
 
 def test_the_binary_proxy_protocol_is_known_by_its_third_line() -> None:
@@ -1142,7 +1054,7 @@ def test_nothing_of_a_tls_record_is_obeyed_in_an_authentication_either() -> None
 @pytest.mark.parametrize("command", ["", "NOOP", "EHLO x", "MAIL FROM:<x@y>"])
 def test_an_odd_octet_spoils_its_line_and_nothing_else(octets: str, command: str) -> None:
     odd = f"C|{octets}{command}\\r\\n\nS: 500 5.5.2 Command not recognized\n"
-    peer = play(f"{odd}HELO\n{odd}MAIL\n{odd}RCPT\n{odd}DATA\nC: .\nD: <a@b> <c@d> |\nPIPED\n{odd}")
+    peer = play(f"{odd}HELO\n{odd}MAIL\n{odd}RCPT\n{odd}DATA EMPTY\n{odd}")
     assert len(peer.notes) == 5
 
 
@@ -1173,18 +1085,10 @@ def test_a_refusal_is_one_log_line_with_the_command_but_nothing_secret(before: s
     octets = client_octets(f"C|HELO x\\r\\n{said}\\r\\n")
     for cut in range(0, len(octets), 1 + len(octets) // 200):
         peer = Peer()
-        for piece in (before.encode(), octets[:cut], octets[cut:]):
+        for piece in filter(None, (before.encode(), octets[:cut], octets[cut:])):
             peer.feed(piece)
         kinds = ("refused with ", "client does not speak SMTP but ")
         assert "|".join(note.replace(kinds[0], "").replace(kinds[1], "") for note in peer.notes) == REFUSED[said]
-
-
-@pytest.mark.parametrize("exchange", [one for code, all_ in EXCHANGES.items() for one in all_ if code[0] == "5"])
-def test_nothing_of_an_authentication_is_logged(exchange: str) -> None:
-    """What the client sends behind an exchange that has failed may have been meant for it."""
-    peer = play(f"EHLO\n{exchange}\nS: 5...\nC: c2VjcmV0 -> 500 ...\nC: joe -> 500 ...", AUTH_POLICY)
-    assert peer.notes[0] == "authentication failed" or re.fullmatch("refused with 50[14] .*: AUTH ...", peer.notes[0])
-    assert peer.notes[1:] == ["refused with 500 5.5.2 Command not recognized: AUTH ..."] * 2
 
 
 def test_addresses_that_the_command_cannot_take_are_refused() -> None:
@@ -1227,7 +1131,7 @@ def random_input(rng: random.Random) -> bytes:
 
 def random_cuts(rng: random.Random, octets: bytes) -> list[bytes]:
     places = sorted(rng.choices(range(len(octets) + 1), k=rng.choice((0, 1, 5, 30))))
-    return [octets[begin:end] for begin, end in zip([0, *places], [*places, len(octets)])]
+    return [octets[begin:end] for begin, end in zip([0, *places], [*places, len(octets)]) if begin < end]
 
 
 def fuzz_once(rng: random.Random) -> None:
@@ -1247,7 +1151,7 @@ def fuzz_once(rng: random.Random) -> None:
         accepted = sum(event == "S: 250 2.0.0 Ok, mail was piped" for event in replies)
         assert accepted == len(peer.mails) <= sum(event.startswith("S: 354") for event in replies)
         for mail in peer.mails:
-            assert mail.recipients and mail.size <= policy.max_size
+            assert mail.envelope.recipients and mail.size <= policy.max_size
         outcomes.append((replies, peer.notes))
     assert outcomes[0] == outcomes[1], octets
 
