@@ -200,19 +200,19 @@ def split_path(argument: bytes, keyword: bytes, syntax: Reply) -> tuple[bytes, b
         raise Refused(syntax)
     enclosed = rest.startswith(b"<")
     path, end, parameters = rest[enclosed:].partition(b">" if enclosed else b" ")
-    keywords = [word.partition(b"=")[0].replace(b"-", b"") for word in parameters.split()]
+    keywords = (word.partition(b"=")[0].replace(b"-", b"") for word in parameters.split())
     if (enclosed and not end) or b"<" in path or b">" in path or not all(map(bytes.isalnum, keywords)):
         raise Refused(ADDRESS_SYNTAX)
     if path.startswith(b"@"):
         path = path.partition(b":")[2] or path
-    return unquote(path), parameters
+    return unquote(path) if path.startswith(b'"') else path, parameters
 
 
 def unquote(path: bytes) -> bytes:
     """Take off quotes that change nothing (RFC 5322 3.4.1); those that are needed stay, and get refused."""
     local, end, domain = path[1:].partition(b'"')
     needless = local and end and not local.translate(None, _ALLOWED.replace(b"@", b"") + _NON_ASCII)
-    return local + domain if needless and path[:1] == b'"' and domain[:1] in (b"", b"@") else path
+    return local + domain if needless and domain[:1] in (b"", b"@") else path
 
 
 def check_address(address: bytes, utf8: bool) -> None:
@@ -1426,21 +1426,13 @@ class Task:
         return NEVER
 
 
-if TYPE_CHECKING:
-
-    class Poll(Protocol):
-        def register(self, fd: int, eventmask: int, /) -> None: ...
-        def unregister(self, fd: int, /) -> None: ...
-        def poll(self, timeout: float | None = None, /) -> Sequence[tuple[int, int]]: ...
-
-
 class Loop:
     """Watches descriptors and deadlines on behalf of tasks.
 
     `now` is the clock's reading when the wait of this turn was over, in seconds.
     """
 
-    def __init__(self, poll: Poll, log: Log, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, poll: select.poll, log: Log, clock: Callable[[], float] = time.monotonic) -> None:
         self.now = clock()
         self._poll = poll
         self._log = log
@@ -1453,13 +1445,10 @@ class Loop:
 
     def watch(self, descriptor: int, events: int, task: Task) -> None:
         """Call task.ready() whenever the descriptor is; `events` 0 for no longer."""
-        if events == self._watched.get(descriptor, (task, 0))[1]:
-            return
         if events:
-            self._poll.register(descriptor, events)
             self._watched[descriptor] = task, events
-        else:
-            del self._watched[descriptor]
+            self._poll.register(descriptor, events)
+        elif self._watched.pop(descriptor, None):
             self._poll.unregister(descriptor)
 
     def resume_later(self, task: Task) -> None:
@@ -1740,10 +1729,10 @@ class Connection(Task):
         self._phase = OPEN
         self._actions: list[Action] = []  # not yet performed
         self._replies = bytearray(GREETING)  # not yet written
+        self._events = 0  # that we wait for
         self._ended = False  # the client has said all it will say
         self.delivered_at = self._loop.now  # when its last mail was, or it began
-        self._progress = self._loop.now  # when there was some, while OPEN
-        self._deadline = NEVER  # while PAUSED, CLOSING or DRAINING
+        self._deadline = self._loop.now + IDLE_TIMEOUT  # which any progress moves away
         self.orderly = False  # ended by QUIT or EOF between mails
 
     def log(self, level: str, text: str) -> None:
@@ -1752,7 +1741,7 @@ class Connection(Task):
     # Input and output
 
     def ready(self, events: int) -> None:
-        if events & READ and self._phase in (OPEN, DRAINING):
+        if events & READ:
             self._receive()
         else:
             self._flush()
@@ -1772,8 +1761,8 @@ class Connection(Task):
             return
         self._ended = not data
         if self._session.data is not None:
-            earned = self._progress + len(data) * DATA_SECONDS_PER_OCTET
-            self._progress = min(self._loop.now, earned)
+            earned = self._deadline + len(data) * DATA_SECONDS_PER_OCTET
+            self._deadline = min(self._loop.now + IDLE_TIMEOUT, earned)
         self._session.receive(data)
         self.resume()
 
@@ -1796,13 +1785,15 @@ class Connection(Task):
             return
         if self._phase == OPEN and not hungry and len(self._replies) <= REPLY_BUFFER:
             self._loop.resume_later(self)  # its turn is over, or its replies have just been taken
-        reading = READ if hungry or self._phase == DRAINING else 0
-        writing = WRITE if self._replies else 0
+        events = READ * (hungry or self._phase == DRAINING) | WRITE * bool(self._replies)
+        if events == self._events:
+            return
+        self._events = events
         if self._reader == self._writer:
-            self._loop.watch(self._reader, reading | writing, self)
+            self._loop.watch(self._reader, events, self)
         else:
-            self._loop.watch(self._reader, reading, self)
-            self._loop.watch(self._writer, writing, self)
+            self._loop.watch(self._reader, events & READ, self)
+            self._loop.watch(self._writer, events & WRITE, self)
 
     # Actions
 
@@ -1821,7 +1812,7 @@ class Connection(Task):
                 if not self._replies:
                     set_tcp(self._sock, "TCP_QUICKACK")  # most clients send the final dot only after that
                 break
-            self._progress = self._loop.now
+            self._deadline = self._loop.now + IDLE_TIMEOUT
             for action in actions:
                 self._perform(action)
         self._flush()
@@ -1844,7 +1835,6 @@ class Connection(Task):
         """Take the outcome of the session's delivery; its client may have gone."""
         if self._phase == DELIVERING:
             self._actions = self._session.conclude(delivered, reply)
-            self._progress = self._loop.now
             if delivered:
                 self.delivered_at = self._loop.now
             self._reopen()
@@ -1852,9 +1842,7 @@ class Connection(Task):
     # Time
 
     def due(self) -> float:
-        if self._phase == OPEN:
-            return self._progress + IDLE_TIMEOUT
-        return NEVER if self._phase == DELIVERING else self._deadline
+        return self._deadline
 
     @property
     def worth(self) -> float:
@@ -1893,11 +1881,12 @@ class Connection(Task):
 
     def _deliver(self, mail: Deliver) -> None:
         self._phase = DELIVERING
+        self._deadline = NEVER
         self._server.queue.submit(self, mail)
 
     def _reopen(self) -> None:
         self._phase = OPEN
-        self._loop.schedule(self.due())
+        self._set_deadline(IDLE_TIMEOUT)
         self._loop.resume_later(self)
 
     def stop(self, now: bool) -> None:

@@ -46,7 +46,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -2593,7 +2593,7 @@ class World:
         self.lines: list[str] = []
         self.held = HeldCommand()
         self.clients: list[Caller] = []
-        self.loop = msmtpd.Loop(ImpatientPoll(), msmtpd.Log(self), lambda: self.now)
+        self.loop = msmtpd.Loop(cast(Any, ImpatientPoll()), msmtpd.Log(self), lambda: self.now)
         self.server = msmtpd.Server(self.loop, self.loop._log, msmtpd.Policy(), self.held, msmtpd.Throttle())
 
     def write(self, level: str, text: str) -> None:
@@ -2678,10 +2678,8 @@ class ImpatientPoll:
 
     def __init__(self) -> None:
         poll = select.poll()
-        self.register, self.unregister, self._poll = poll.register, poll.unregister, poll.poll
-
-    def poll(self, timeout: float | None = None, /) -> list[tuple[int, int]]:
-        return self._poll(0)
+        self.register, self.unregister = poll.register, poll.unregister
+        self.poll = lambda timeout=0: poll.poll(0)
 
 
 class HeldCommand(msmtpd.Command):
