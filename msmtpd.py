@@ -50,10 +50,11 @@ if TYPE_CHECKING:
     import signal
     import socket
     from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-    from typing import Any, NoReturn, Protocol, Union
+    from typing import Any, NoReturn, Union
 
     Reply = bytes
     Action = Union[Reply, "Note", "AuthResult", "Deliver", "Close"]
+    Sink = Union["SyslogSink", "StreamSink", "FileSink"]
     Exchange = Generator[bytes, bytes, bool]  # a SASL mechanism at work
 else:
     import _signal as signal  # the C core of signal: without its enums, 5 ms less
@@ -1272,11 +1273,8 @@ class Log:
 
     def __init__(self, sink: Sink | None = None, on_stderr: bool = False) -> None:
         self._sink = sink
+        self.silent = sink is None
         self.on_stderr = on_stderr  # who reads standard error has these lines, too
-
-    @property
-    def silent(self) -> bool:
-        return self._sink is None
 
     def write(self, level: str, text: str) -> None:
         """Log one line; `level` is info, warning or error."""
@@ -1381,12 +1379,6 @@ class FileSink:
         except OSError:
             pass  # better in the moved file than nowhere
         self._stream.write(level, text)
-
-
-if TYPE_CHECKING:
-
-    class Sink(Protocol):
-        def write(self, level: str, text: str) -> None: ...
 
 
 # ---- Event loop ------------------------------------------------------------

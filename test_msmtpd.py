@@ -2593,7 +2593,7 @@ class World:
         self.lines: list[str] = []
         self.held = HeldCommand()
         self.clients: list[Caller] = []
-        self.loop = msmtpd.Loop(cast(Any, ImpatientPoll()), msmtpd.Log(self), lambda: self.now)
+        self.loop = msmtpd.Loop(cast(Any, ImpatientPoll()), msmtpd.Log(cast(Any, self)), lambda: self.now)
         self.server = msmtpd.Server(self.loop, self.loop._log, msmtpd.Policy(), self.held, msmtpd.Throttle())
 
     def write(self, level: str, text: str) -> None:
