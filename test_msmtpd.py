@@ -2073,6 +2073,7 @@ def test_what_has_happened_while_the_server_was_stopped_counts_before_what_is_la
         sends.sendall(MAIL)
         wait_until(daemon.children)
         assert talks.recv(100) == msmtpd.GREETING
+        wait_until(lambda: process_state(daemon.process.pid)[0] == "S")  # it is in the loop's wait
         daemon.process.send_signal(signal.SIGSTOP)
         wait_until(lambda: process_state(daemon.process.pid)[0] == "T")
         talks.sendall(b"NOOP\r\nQUIT\r\n")
@@ -2806,6 +2807,23 @@ def test_the_session_that_has_gone_longest_without_a_mail_makes_room(world: Worl
     assert last.hear() == [220] and fresh.hear() == [421] and not waits.closed
     world.end(1)
     assert waits.hear()[-1] == 250
+
+
+def test_a_mail_that_comes_as_slowly_as_it_may_goes_on_until_another_client_waits(world: World) -> None:
+    """A hundred MiB would hold its place for 12 days."""
+    world.server.admission.max_sessions = 1
+    port, slow = world.listen(), world.call()
+    assert slow.say(DATA) == IN_DATA
+    for _ in range(3600):
+        slow.pump(b"x" * 103)
+        world.wait(1)
+    assert slow.hear() == []
+    other, began = world.connect(port), world.now
+    while not other.hear():
+        assert world.now < began + 15
+        slow.pump(b"x" * 103)
+        world.wait(1)
+    assert slow.hear() == [421] and slow.closed
 
 
 def test_clients_that_come_all_at_once_come_in_within_a_few_turns(world: World) -> None:
