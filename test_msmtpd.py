@@ -226,13 +226,15 @@ PATHS = {  # the sender that the command gets, or the reply; arguments of MAIL
         FROM:<a@b>   from:<a@b> SIZE=1 AUTH=<>   FROM: <a@b>   FROM:\t<a@b>   FROM:a@b   FROM: a@b SIZE=1
         FROM:<@x,@y:a@b>   FROM:<@x:"a"@b>   FROM:<"a"@b>""",
     "a..b@c": 'FROM:<@x:"a..b"@c>   FROM:<"a..b"@c>',
-    "a.@x": 'FROM:"a."@x SIZE=1',
+    "a.@x": 'FROM:"a."@x SIZE=104857600',
+    "jörg@x": "FROM:<jörg@x> SMTPUTF8",
     "501 5.5.4": "FROM:   FROM   <a@b>   TO:<a@b>",
     "501 5.1.3": """
         FROM: <   FROM:<a@b   FROM:a@b>   FROM:<a@b>>   FROM:<<a@b>   FROM:<a@b>, <c@d>   FROM:Some Name <a@b>
         FROM:<Some Name <a@b>>   FROM:"Name" <a@b>   FROM:"Some Name" <a@b>   FROM:<"Name" <a@b>>   FROM:<"a>b"@c>""",
     "555 5.5.4": "FROM:<a@b> RET=HDRS   FROM:<a@b> X-Y",
-    "553 5.6.7": 'FROM:<"jörg"@y>',
+    "552 5.3.4": "FROM:<a@b> SIZE=104857601",
+    "553 5.6.7": 'FROM:<jörg@x>   FROM:<"jörg"@y>',
     "553 5.1.3": r"""
         FROM:<@x:>   FROM:<@x>   FROM:<@x:@/etc/hostname>   FROM:<@x:"">   FROM:"a.@x"   FROM:<"a b"@c>   FROM:<"a@b"@c>
         FROM:<"@x:a"@c>   FROM:<"$(x)"@c>   FROM:<"a\.b"@c>   FROM:<"-x"@y>   FROM:<"/x"@y>   FROM:<"">   FROM:<""@c>
@@ -820,9 +822,8 @@ DIALOGUES = {
         C|QUIT\\r\\r\\n
         BYE
         """,
-    "addresses with SMTPUTF8": """
+    "recipients with SMTPUTF8": """
         HELO
-        C: MAIL FROM:<jörg@x> -> 553 5.6.7 Address needs SMTPUTF8
         C: MAIL FROM:<jörg@x> SMTPUTF8 -> 250 2.1.0 Ok
         C: RCPT TO:<å@x> -> 250 2.1.5 Ok
         RSET MAIL
@@ -833,11 +834,6 @@ DIALOGUES = {
         C|MAIL\\tFROM: <a@b>\\t\\r\\n -> 250 2.1.0 Ok
         C|RCPT  TO: c@d \\r\\n -> 250 2.1.5 Ok
         C|RSET \\t\\r\\n -> 250 2.0.0 Ok
-        """,
-    "sizes": """
-        HELO
-        C: MAIL FROM:<a@b> SIZE=104857601 -> 552 5.3.4 Mail is too big
-        C: MAIL FROM:<a@b> SIZE=104857600 -> 250 2.1.0 Ok
         """,
     "a form that a browser sends in the middle of a session": """
         NOOP
@@ -989,7 +985,7 @@ def test_twenty_errors_without_a_mail_end_the_session() -> None:
 
 def test_twenty_refused_mails_end_the_session_too() -> None:
     peer = Peer(outcome=b"554 5.3.0 no\r\n")
-    peer.feed(b"HELO x\r\n" + b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n.\r\n" * 30)
+    peer.feed((START + b".\r\n") * 30)
     assert len(peer.mails) == 20 and peer.closed is False
 
 
@@ -1021,10 +1017,10 @@ def test_nothing_of_a_tls_record_is_obeyed_in_an_authentication_either() -> None
     play(f"EHLO\nC: AUTH LOGIN -> 334 ...\nC|\\x16\\x03\\x01\\r\\n{JOE}\\r\\n\nX:", AUTH_POLICY)
 
 
-@pytest.mark.parametrize(
-    "octets",
-    [r"\xef\xbb\xbf", r"\xd6", r"\0", r"\x08", r"\xff\xfd\x18", r"\x16", r"\x05\x01\0", r"\x80.\x01\x03\x01", " "],
-)
+ODD_OCTETS = [" ", *cells(r"\xef\xbb\xbf   \xd6   \0   \x08   \xff\xfd\x18   \x16   \x05\x01\0   \x80.\x01\x03\x01")]
+
+
+@pytest.mark.parametrize("octets", ODD_OCTETS)
 @pytest.mark.parametrize("command", ["", "NOOP", "EHLO x", "MAIL FROM:<x@y>"])
 def test_an_odd_octet_spoils_its_line_and_nothing_else(octets: str, command: str) -> None:
     odd = f"C|{octets}{command}\\r\\n\nS: 500 5.5.2 Command not recognized\n"
@@ -1053,14 +1049,12 @@ REFUSED = {  # what a client says after HELO, and what the log has of it
 
 
 @pytest.mark.parametrize("said", REFUSED, ids=range(len(REFUSED)))
-@pytest.mark.parametrize(
-    "before", ["", "HELO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n.\r\n"], ids=["first", "later"]
-)
-def test_a_refusal_is_one_log_line_with_the_command_but_nothing_secret(before: str, said: str) -> None:
+@pytest.mark.parametrize("before", [b"", START + b".\r\n"], ids=["first", "later"])
+def test_a_refusal_is_one_log_line_with_the_command_but_nothing_secret(before: bytes, said: str) -> None:
     octets = client_octets(f"C|HELO x\\r\\n{said}\\r\\n")
     for cut in range(0, len(octets), 1 + len(octets) // 200):
         peer = Peer()
-        for piece in filter(None, (before.encode(), octets[:cut], octets[cut:])):
+        for piece in filter(None, (before, octets[:cut], octets[cut:])):
             peer.feed(piece)
         kinds = ("refused with ", "client does not speak SMTP but ")
         assert "|".join(note.replace(kinds[0], "").replace(kinds[1], "") for note in peer.notes) == REFUSED[said]
@@ -1074,8 +1068,7 @@ def test_addresses_that_the_command_cannot_take_are_refused() -> None:
 
 def test_replies_have_the_form_of_the_rfcs() -> None:
     """RFC 5321 4.2, and enhanced codes of the same class where they belong."""
-    constants = {name: value for name, value in vars(msmtpd).items() if isinstance(value, bytes)}
-    replies = {name: value for name, value in constants.items() if name[0] != "_"}
+    replies = {name: value for name, value in vars(msmtpd).items() if isinstance(value, bytes) and name[0] != "_"}
     assert len(replies) > 40
     for name, reply in replies.items():
         assert re.fullmatch(rb"[2-5][0-9]{2} [ -~]+\r\n", reply) and len(reply) <= 512
@@ -2231,7 +2224,6 @@ def test_too_few_descriptors_to_start_are_one_line(limit: int) -> None:
 
 SOCKET_COUNTS = {  # LISTEN_FDS, what the one line says
     "\u00b2": "this machine has no such address",  # a digit to Python, but not to int()
-    "1": "descriptor 3 is no socket: Bad file descriptor; unset LISTEN_FDS",
     "9" * 5000: "descriptor 3 is no socket: Bad file descriptor; unset LISTEN_FDS",
 }
 
@@ -2389,17 +2381,11 @@ def test_nothing_but_smtp_is_written_where_descriptor_2_is_the_clients_socket(
 ) -> None:
     ours, theirs = socket.socketpair()
     with ours:
-        process = inetd(theirs, theirs, *options, stderr=theirs, start_new_session=True)
-        theirs.close()
-        try:
-            ours.sendall(MAIL)
-            ours.shutdown(socket.SHUT_WR)
-        except OSError:
-            assert not replies
-        try:
-            output = read_all(ours)
-        except ConnectionResetError:
-            output = b""
+        ours.sendall(MAIL * bool(replies))
+        ours.shutdown(socket.SHUT_WR)
+        with theirs:
+            process = inetd(theirs, theirs, *options, stderr=theirs, start_new_session=True)
+        output = read_all(ours)
         assert all(re.match(rb"[2-5][0-9]{2}[ -]", line) for line in output.splitlines())
         assert codes(output) == replies and process.wait(20) == (0 if replies else 3)
 
