@@ -1086,7 +1086,8 @@ VERBS: Mapping[bytes, tuple[Effect, tuple[Condition, ...]]] = {
 #    quoted reference to MSMTPD_SENDER, which no shell parses.
 # 2. Anywhere else the sender is put in as text and must be plain.  That means itself
 #    in every quoting, here-document, comment and shell, and does nothing in a program
-#    of sed or perl as long as it has none of their delimiters, as + in s+x+%F+.
+#    of sed or perl as long as it has none of their delimiters, as + in s+x+%F+.  It
+#    needs an @ where a word may be a program, as in $x, or syntax, as in a case.
 # 3. The recipients are "$@" behind the text.  They and the sender must be plain if
 #    something may parse the arguments once more: a shell, ssh, xargs, ..., or $x.
 #
@@ -1107,15 +1108,17 @@ _PARSERS = b"""busybox dbclient eval find ksh93 make msmtpq msmtp-enqueue.sh par
     sshpass su watch xargs""".split()  # and whatever ends in "sh"
 _REFERENCE = b'"$MSMTPD_SENDER"'
 
-# Regular expressions.  _NOTHING is what may be before the word that names a program.
+# Regular expressions, for a text in which "_" stands for a backslash and the sign behind it.  _NOTHING is what may be
+# before the word that names a program: assignments, redirections, options, numbers, and the words in _PREFIXES.
 _PREFIXES = b"if|then|elif|else|while|until|do|time|exec|command|builtin|eval|env|nohup|nice|setsid|timeout|sudo|xargs"
-_VALUE = rb"""(?:[^\s;&|<>()'"`\\]|\\.|'[^']*'|"(?:[^"\\]|\\.)*"|`[^`]*`|\$\((?:[^()]|\([^()]*\))*\))*"""
-_NOTHING = rb"\w+\+?=%s|\d*[<>]+[&|-]?\s*%s|-[^\s;&|]*|[\d.]+[smhd]?|[!{]|(?:\S*/)?(?:%s)" % (_VALUE, _VALUE, _PREFIXES)
-_NOTHING = rb"(?:\s*(?:%s)(?![^\s;&|()<>]))*\s*" % _NOTHING
-_BAD_END = rb"(?:\A|(?<![\\<>])(?:\\\\)*[;&|\n])%s\Z|<<-?\s*\W?(\w+)(?s:.*)\n\t*\1\Z" % _NOTHING
-_VARIABLE = rb"""(?:\A|(?<!>)&|[;|\n(){`])%s["']*\$""" % _NOTHING
-_HANDLE = rb"""(?:-\w|-+[\w-]+=|\w+=(?=(?:[^$]|(?<=")\$)*\Z))?"""  # no unquoted $ may come behind name=
-_FREE = rb"""((?:(?!\$\(|<<|%%F)[^'"`])*(?<![^\s|&;()<>{}])%s)(['"]?)%%F\2(?![^\s|&;()<>{}])""" % _HANDLE
+_WORD = rb"""(?:[^\s;&|<>()'"`]|'[^']*'|"[^"]*"|`[^`]*`|\$\([^)]*\)+)*"""
+_NOTHING = rb"(?:\s*(?:(?:[\w+]+=|\d*[<>]+[&|]?\s*(?=\S)|[-\d!{])%s|(?:\S*/)?(?:%s))(?![^\s<>]))*\s*"
+_START = rb"(?:\A|(?<![<>])[;&|\n]%s)" + _NOTHING % (_WORD, _PREFIXES)
+_BAD_END = _START % b"" + rb"\Z|<<-?\s*\W?(\w+)(?s:.*)\n\t*\1\Z"
+_VARIABLE = _START % rb"|\(|`(?!\s)" + rb"""(?:["']*\$|(?<=\s)%F)|\)[\s{]*["']*\$"""
+_HANDLE = rb"(?<![^\s|&;()<>])(?:-\w|-+[\w-]+=|(\w+)=(?!(?s:.*)\$\W*\2\b))?"  # no $name may come behind name=
+_FREE = rb"""((?:(?!\$\(|<<|%%F)[^'"`])*%s)(['"]?)%%F\3(?=[\s|&;()<>])""" % _HANDLE
+_DELIMITER = rb"(?<![a-z])[a-z]{0,2}[symqrw%\\]([@._+=-])"  # of an operator of sed or perl: s, y, tr, qq, \
 
 EXIT_NAMES = {status: name for name, status in vars(os).items() if name.startswith("EX_")}
 TEMPORARY = (os.EX_NOHOST, os.EX_UNAVAILABLE, os.EX_OSERR, os.EX_CANTCREAT, os.EX_IOERR, os.EX_TEMPFAIL)
@@ -1144,30 +1147,27 @@ class Command:
 
         import re
 
-        if re.search(_BAD_END, command):
+        bare = re.sub(rb"\\\W", b"_", joined)
+        if re.search(_BAD_END, bare):
             reason = "behind the end of --command the recipients would be a command or input"
             raise StartupError(reason + '; end it in "&& :", below a here-document in ":"')
-        self._parsed |= bool(re.search(_VARIABLE, command))
+        self._parsed |= bool(re.search(_VARIABLE, bare))
+        self._words = not re.search(_VARIABLE + rb"|<<|case|\s%F[<>]", bare)
+        before, _, after = script.partition(b"%F")
         free = re.match(_FREE, script)
         self._script = [free[1] + _REFERENCE + script[free.end() :]] if free else script.split(b"%F", 1)
+        self._delimiters = set(b"".join(re.findall(_DELIMITER, before))) & set(before[-1:] + after[:1] + b"+")
 
     def takes(self, address: bytes, is_sender: bool) -> bool:
         """Tell whether the command can be given an address."""
         if not is_sender or len(self._script) == 1:
             return not self._parsed or is_plain(address)
-        before, after = self._script
-        operated = {mark for operator, mark in zip(before, before[1:]) if operator in b"symqrw%"}  # s+, tr., %w=
-        delimiters = operated & set(before[-1:] + after[:1] + b"+") & set(b"@._+-=")
-        # Without an @ it could end a here-document or a case, or be the 2 of 2>.
-        keyword = (b"<<" in self._text or b"case" in self._text) and address in self._text
-        syntax = b"@" not in address and (keyword or address.isdigit())
-        return is_plain(address) and not syntax and not delimiters.intersection(address)
+        # A word without @ may be a program, the end of a here-document or of a case, or the 2 of 2>.
+        known = self._words or b"@" in address
+        return is_plain(address) and known and not self._delimiters.intersection(address)
 
     def start(self, sender: bytes, recipients: Sequence[bytes], stdin: int, output: int) -> int:
-        """Start the command for one mail and return its process id.
-
-        It owns neither descriptor.  Raises OSError where it cannot be started.
-        """
+        """Start the command for one mail, return its process id.  It owns neither descriptor.  Raises OSError."""
         sender = sender or b"MAILER-DAEMON"
         environment = {**self._environment, b"MSMTPD_SENDER": sender}
         if self._direct:
@@ -1180,10 +1180,7 @@ class Command:
         return spawn([b"/bin/sh", b"-c", sender.join(self._script), b"sh", *recipients], environment, stdin, output)
 
     def check(self) -> str:
-        """Let the shell read a command that it will have to run; return a warning, or nothing.
-
-        Raises StartupError where it cannot be read.
-        """
+        """Let the shell read a command that it will have to run; return a warning, or "".  Raises StartupError."""
         name, *rest = os.fsdecode(self._text).split()
         if os.path.basename(name) == "setsid" and not {"-w", "--wait"}.intersection(rest):
             return "setsid does not wait for its command, whose failure nobody will see; use setsid --wait"

@@ -1204,7 +1204,7 @@ RULES = [  # commands, and whether their sender and their recipients may be any 
     # rule 1
     ("++", """
         msmtp -f %F --   msmtp -f '%F' --   msmtp -f "%F" --   msmtp --from=%F --   msmtp -f%F --   rec -x=%F
-        FROM=%F rec   x=%F; rec "$x"   (rec %F); :   rec %F>log   rec $x \\; %F 'a b'   case %F in a) b;; esac; :
+        FROM=%F rec   x=%F; rec "$y"   (rec %F); :   rec %F>log   rec $x \\; %F 'a b'   case %F in a) b;; esac; :
         env x='%F' rec   cat > $f && rec %F   rec %F `date` it\\'s   /usr/bin/rec --x-y=%F   # a\\nrec %F"""),
     # rule 2
     ("-+", """
@@ -1212,7 +1212,7 @@ RULES = [  # commands, and whether their sender and their recipients may be any 
         sed s/@SENDER@/%F/ > mails && :   mail -s 'from %F' --   logger "from %F"; msmtp --   cat > box/%F && :
         # don't touch\\nmsmtp -f %F --   rec $'it\\'s' %F   rec "$(x "it's")" %F   rec "\\%F"   rec "$%F"
         x="$(rec %F)"; rec "$x"   rec $(echo %F)   rec `echo %F`   rec $((1<<2)) %F   rec -o "<<mail>>" %F
-        x=%F; rec $x   rec <<EOF && :\\n%F\\nEOF\\n:   rec %%F   rec ${x:-%F}"""),
+        x=%F; rec $x   x=%F; rec "$x"   x=%F; rec "$x"$x   rec <<EOF && :\\n<%F>\\nEOF\\n:   rec %%F   rec ${x:-%F}"""),
     # rule 3
     ("--", """
         bash -c 'msmtp -f '"%F"' -- "$@"' bash   bash -c "rec $*" && :   bash -c 'cat>box/%F' sh && :
@@ -1230,7 +1230,7 @@ RULES = [  # commands, and whether their sender and their recipients may be any 
 def test_who_may_be_any_address_and_who_must_be_plain(expected: str, texts: str) -> None:
     for text in cells(texts):
         assert {takes(text, address) for address in HOSTILE if address != "a=b@x"} == {expected}, text
-        for address in ("a@b", "root", "a.b_c+d-e@x-y.example.org", "ü@x"):
+        for address in ("a@b", "ü@x" if "<<" in text else "root", "a.b_c+d-e@x-y.example.org", "ü@x"):
             assert takes(text, address) == "++", (text, address)
 
 
@@ -1247,6 +1247,11 @@ NOT_AS_TEXT = [  # a command that has the sender as text, and plain ones that it
     ('case "$x" in a) rec;; %F) rec;; esac; :', "esac"),
     ('rec "x" %F>log', "2"),
     ("rec x%F", "=a@x"),
+    ("x=%F; re=c $x", "evil"),
+    ("x=%F; if $x; then rec", "evil"),
+    ("rec $(echo= %F) 2>&1", "evil"),
+    ("rec | ${x:-%F} && :", "evil"),
+    ("sed -n '\\+%F+p'", "a+w@x"),
 ]
 
 
