@@ -3430,7 +3430,7 @@ def group_members(group: int) -> list[int]:
 
 
 def big_mail(octets: int) -> bytes:
-    return MAIL.replace(b"hello", b"0123456789abcdef\r\n" * (octets // 18))
+    return DATA + b"0123456789abcdef\r\n" * (octets // 18) + b".\r\n"
 
 
 def reset(sock: socket.socket) -> None:
