@@ -1108,14 +1108,14 @@ _PARSERS = b"""busybox dbclient eval find ksh93 make msmtpq msmtp-enqueue.sh par
     sshpass su watch xargs""".split()  # and whatever ends in "sh"
 _REFERENCE = b'"$MSMTPD_SENDER"'
 
-# Regular expressions, for a text in which "_" stands for a backslash and the sign behind it.  _NOTHING is what may be
-# before the word that names a program: assignments, redirections, options, numbers, and the words in _PREFIXES.
+# Regular expressions.  _START is where a program may be named: behind a separator, even one in quotes (that finds too
+# much rather than too little), and behind assignments, redirections, options, numbers and the words in _PREFIXES.
 _PREFIXES = b"if|then|elif|else|while|until|do|time|exec|command|builtin|eval|env|nohup|nice|setsid|timeout|sudo|xargs"
 _WORD = rb"""(?:[^\s;&|<>()'"`]|'[^']*'|"[^"]*"|`[^`]*`|\$\([^)]*\)+)*"""
-_NOTHING = rb"(?:\s*(?:(?:[\w+]+=|\d*[<>]+[&|]?\s*(?=\S)|[-\d!{])%s|(?:\S*/)?(?:%s))(?![^\s<>]))*\s*"
-_START = rb"(?:\A|(?<![<>])[;&|\n]%s)" + _NOTHING % (_WORD, _PREFIXES)
-_BAD_END = _START % b"" + rb"\Z|<<-?\s*\W?(\w+)(?s:.*)\n\t*\1\Z"
-_VARIABLE = _START % rb"|\(|`(?!\s)" + rb"""(?:["']*\$|(?<=\s)%F)|\)[\s{]*["']*\$"""
+_SETTING = rb"(?:[\w+]+=|\d*[<>]+[&|]?\s*(?=\S)|[-\d!{])" + _WORD
+_START = rb"(?:\A|(?<![<>])[;&|\n]%s)" + rb"(?:\s*(?:%s|(?:\S*/)?(?:%s))(?![^\s<>]))*\s*" % (_SETTING, _PREFIXES)
+_BAD_END = _START % b"" + rb"\Z|<<-?\s*\W?(\w+)(?s:.*)\n\t*\1\Z"  # or the end of a here-document
+_VARIABLE = _START % rb"|\(|`(?!\s)" + rb"""(?:["']*\$|(?<=\s)%F)|\)[\s{]*["']*\$"""  # the last: case and function
 _HANDLE = rb"(?<![^\s|&;()<>])(?:-\w|-+[\w-]+=|(\w+)=(?!(?s:.*)\$\W*\2\b))?"  # no $name may come behind name=
 _FREE = rb"""((?:(?!\$\(|<<|%%F)[^'"`])*%s)(['"]?)%%F\3(?=[\s|&;()<>])""" % _HANDLE
 _DELIMITER = rb"(?<![a-z])[a-z]{0,2}[symqrw%\\]([@._+=-])"  # of an operator of sed or perl: s, y, tr, qq, \
@@ -1147,7 +1147,7 @@ class Command:
 
         import re
 
-        bare = re.sub(rb"\\\W", b"_", joined)
+        bare = re.sub(rb"\\\W", b"_", joined)  # behind a backslash there is no syntax
         if re.search(_BAD_END, bare):
             reason = "behind the end of --command the recipients would be a command or input"
             raise StartupError(reason + '; end it in "&& :", below a here-document in ":"')
