@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     import signal
     import socket
     from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-    from typing import Any, NoReturn, Union
+    from typing import Any, Union
 
     Reply = bytes
     Action = Union[Reply, "Note", "AuthResult", "Deliver", "Close"]
@@ -108,7 +108,7 @@ OUTPUT_TAIL = 3072  # ... or behind it
 MAX_PIPE = 1048576  # of a command's output in a pipe: 16 pages, which are of 64 KiB at most
 LEFTOVER_OUTPUT = 16 * 1024 * 1024  # in an hour, of a process that a command has left behind
 TURN_STEPS = 64  # of one session, before the others have their turn
-TURN_TASKS = 16  # where more have something to do, each does less in a turn; also clients that come in in one
+TURN_TASKS = 16  # where there are twice as many, each does less in a turn; also clients that come in in one
 LOG_FIELD = 512  # characters of a client's or a command's text in a log line
 
 
@@ -178,12 +178,12 @@ class Refused(Exception):
 
 # ---- Paths -----------------------------------------------------------------
 #
-# The arguments of MAIL and RCPT: pure functions from octets to octets that
-# raise Refused.  They are no grammar police (msmtp and the next server judge
-# addresses), but a second line of defence behind Command: no octet that a shell
-# could take for a separator, a variable, a command or a redirection ever gets
-# through.  Where one is parsed all the same, is_plain() leaves those that mean
-# themselves to a shell, and nothing to a program of sed.
+# The arguments of MAIL and RCPT: pure functions that raise Refused.  They are no
+# grammar police (msmtp and the next server judge addresses), but a second line of
+# defence behind Command: no octet that a shell could take for a separator, a
+# variable, a command or a redirection ever gets through.  Where one is parsed all
+# the same, is_plain() leaves those that mean themselves to a shell, and nothing to
+# a program of sed.
 
 _PLAIN = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789@._+-="
 _ALLOWED = _PLAIN + b"/%,:#!'*?^{}~[]"
@@ -332,7 +332,7 @@ def unlinked_file(directory: str) -> int:
     """Return a descriptor of a new file without a name.
 
     Not by tempfile, which takes 13 ms to import, and needs a descriptor for
-    that just when the first big mail comes.
+    that just when a big mail comes.
     """
     try:
         return os.open(directory, os.O_RDWR | os.O_TMPFILE, 0o600)
@@ -662,9 +662,10 @@ class Throttle:
 # state is input not yet read, and counters.
 #
 # VERBS names for each verb what it does and what must hold before it, which
-# _command() checks; the methods for the verbs refuse only arguments, by
-# raising Refused, and step() answers.  A refused command never ends the
-# session; QUIT, too many errors and a client that does not speak SMTP do.
+# _command() checks; the methods for the verbs refuse only arguments and numbers
+# of recipients, by raising Refused, and step() answers.  A refused command never
+# ends the session; QUIT, too many errors or failures to authenticate, and a
+# client that does not speak SMTP do.
 # Each refusal is a line in the log, with the command: step() sees to that too.
 
 
@@ -682,8 +683,6 @@ def printable(text: bytes) -> str:
 class Note:
     """Something for the log."""
 
-    __slots__ = ("level", "text")
-
     def __init__(self, level: str, text: str) -> None:
         self.level = level
         self.text = text
@@ -692,8 +691,6 @@ class Note:
 class AuthResult:
     """How an authentication went, and `then` what follows: the throttle may hold that back."""
 
-    __slots__ = ("failed", "then")
-
     def __init__(self, failed: bool, then: list[Action]) -> None:
         self.failed = failed
         self.then = then
@@ -701,8 +698,6 @@ class AuthResult:
 
 class Deliver:
     """A complete mail.  The session goes on with Session.conclude()."""
-
-    __slots__ = ("envelope", "size", "spool")
 
     def __init__(self, envelope: Envelope, spool: Spool, size: int) -> None:
         self.envelope = envelope
@@ -713,16 +708,12 @@ class Deliver:
 class Close:
     """The end of the session; `orderly` if the client wished it."""
 
-    __slots__ = ("orderly",)
-
     def __init__(self, orderly: bool) -> None:
         self.orderly = orderly
 
 
 class Envelope:
     """An open mail transaction."""
-
-    __slots__ = ("recipients", "sender", "tried", "utf8")
 
     def __init__(self, sender: bytes, utf8: bool) -> None:
         self.sender = sender  # the reverse-path, b"" for the null one
@@ -742,8 +733,6 @@ class Envelope:
 
 class Policy:
     """What every session of this process offers and accepts."""
-
-    __slots__ = ("credentials", "ehlo_reply", "max_size", "takes")
 
     def __init__(
         self,
@@ -802,7 +791,7 @@ class Session:
         self._auth_failures = 0
         self._input = b""
         self._at = 0  # where the unread input begins
-        self._ended = False  # nothing comes behind it
+        self.ended = False  # nothing comes behind it
         self._overlong = False  # the rest of the line is to be skipped
         self._line_end = b""  # of the last line
 
@@ -812,7 +801,7 @@ class Session:
         """Take input, in any pieces, at any time; b"" says that no more will come."""
         self._input = self._input[self._at :] + data
         self._at = 0
-        self._ended = not data
+        self.ended = not data
 
     def step(self) -> list[Action]:
         """Work off the next line or piece of data; [] if it is not there yet."""
@@ -826,22 +815,16 @@ class Session:
                 self._exchange = None
                 text = f"refused with {refused.reply[:-2].decode()}: {printable(self._said)}"
                 return [Note("warning", text), *self._negative(refused.reply)]
-        return self._leave() if self._ended and not actions else actions
+        return self._leave() if self.ended and not actions else actions
 
     def conclude(self, delivered: bool, reply: Reply) -> list[Action]:
         """End the transaction that Deliver began, with the reply to its mail."""
-        self._end_transaction()
+        self.end_transaction()
         self._deaf = False
         if not delivered:
             return self._negative(reply)
         self._errors = 0
         return [reply]
-
-    def close(self) -> None:
-        """Drop what is left, so that no file and no input outlives the session."""
-        self._input = b""
-        self._at = 0
-        self._end_transaction()
 
     def _negative(self, reply: Reply) -> list[Action]:
         if reply is not TOO_MANY_RECIPIENTS:  # which only asks for another mail
@@ -859,7 +842,7 @@ class Session:
             return self._end(orderly=True)
         return [Note("warning", "client left in the middle of a mail"), *self._end(orderly=False)]
 
-    def _end_transaction(self) -> None:
+    def end_transaction(self) -> None:
         self.envelope = None
         if self.data is not None:
             self.data.spool.close()
@@ -878,6 +861,8 @@ class Session:
     def _command(self, line: bytes) -> list[Action]:
         verb, _, argument = line.replace(b"\t", b" ").rstrip(b" ").partition(b" ")
         verb = verb.upper()
+        if line == b"\0" and not self._said and self._errors == 2:
+            verb = b"PROXY"  # its binary form begins with two empty lines and this one
         self._remember(line, verb)
         if verb not in VERBS:
             return self._unknown(line, verb)
@@ -894,8 +879,6 @@ class Session:
 
     def _unknown(self, line: bytes, verb: bytes) -> list[Action]:
         what = other_protocol(line, verb)
-        if line == b"\0" and self._errors == 2 and self.name is None:
-            what = "PROXY protocol"  # its binary form begins with two empty lines and this one
         if not what:
             raise Refused(UNKNOWN_COMMAND)
         text = f"client does not speak SMTP but {what}: {printable(self._said)}"
@@ -912,7 +895,7 @@ class Session:
             self._deaf = True
             return [Deliver(self.envelope, data.spool, data.size)]
         lines = self.envelope.log_lines(f"size={data.size} reply={data.failure[:3].decode()} result={data.trouble}")
-        self._end_transaction()
+        self.end_transaction()
         return [*(Note("error", line) for line in lines), *self._negative(data.failure)]
 
     def _take_line(self) -> bytes | None:
@@ -946,7 +929,7 @@ class Session:
     def _greet(self, name: bytes, esmtp: bool) -> list[Action]:
         if not name:
             raise Refused(NAME_MISSING)
-        self._end_transaction()
+        self.end_transaction()
         self.name = name
         self._esmtp = esmtp
         return [self._policy.ehlo_reply if esmtp else HELO_OK]
@@ -997,7 +980,7 @@ class Session:
         return base + "A" * authenticated
 
     def _rset(self, argument: bytes) -> list[Action]:
-        self._end_transaction()
+        self.end_transaction()
         return [OK]
 
     # Authentication
@@ -1255,10 +1238,10 @@ def last_lines(output: bytes, utf8: bool, most: int = MAX_OUTPUT_LINES) -> list[
 # ---- Log -------------------------------------------------------------------
 #
 # Nothing here waits: a terminal may be stopped, a pipe or the syslog daemon hang.
-# A line is written at once or not at all; one that a full disk has cut gets its
-# end before the next.  Failing to write one never disturbs a mail.  Text that
-# comes from a client or a command goes through printable(): nobody forges a line
-# or an escape sequence.
+# What cannot be written at once is dropped; a line that a full disk has cut gets
+# its end before the next.  Failing to write one never disturbs a mail.  Text that
+# comes from a client or a command goes through escape() or last_lines(): nobody
+# forges a line or an escape sequence.
 
 LOG_MAIL = 2 << 3  # RFC 5424 section 6.2.1, as are these:
 SEVERITIES = {"info": 6, "warning": 4, "error": 3}
@@ -1392,9 +1375,9 @@ class FileSink:
 #
 # An exception in a task ends that task, by its crash(), and nothing else.
 #
-# poll(2) is on every system, takes regular files (epoll does not) and descriptors
-# beyond 1024 (select() does not), and what a mail has watched and no longer
-# watched costs no system call.  That is why it is not the module selectors.
+# The wait is poll(2) itself, without the module selectors.  It is on every system,
+# takes regular files (epoll does not) and descriptors beyond 1024 (select() does
+# not), and to watch a descriptor, or no longer, takes no system call.
 
 READ, WRITE = select.POLLIN, select.POLLOUT
 
@@ -1430,7 +1413,7 @@ class Loop:
         self._resumable: dict[Task, None] = {}  # in the order of their requests
         self._timed: set[Task] = set()
         self._wake_at = NEVER
-        self.crowd = 1  # by how much less than if there were few a task may do in this turn
+        self.crowd = 1  # what a task may do in this turn is divided by this
 
     def watch(self, descriptor: int, events: int, task: Task) -> None:
         """Call task.ready() whenever the descriptor is; `events` 0 for no longer."""
@@ -1532,10 +1515,9 @@ class Server(Task):
         self.queue = Queue(loop, log, command)
         self.connections: set[Connection] = set()
         self.admission = Admission(loop, log, self.connections)
-        self.stopping = False
+        self.stopping = 0  # how often it has been told to
         self.sessions = 0  # begun so far
         self._stop_at = NEVER  # when those that have not ended must
-        self._at_once = False
         self._notify: Callable[[str], None] = lambda state: None
         loop.add_timed(self)
 
@@ -1566,22 +1548,21 @@ class Server(Task):
 
     def run(self) -> None:
         """Serve until there is nothing left: no listener, no session, no command."""
-        while self.admission.listeners or self.connections or self.queue.busy:
+        while self.admission.listeners or self.connections or self.queue.running:
             self.turn()
 
     def turn(self) -> None:
         self.admission.update()
         self.loop.turn()
-        if self._at_once:
+        if self.stopping > 1:  # after this turn: a mail may have been delivered in it
             raise SystemExit(1)
 
     def stop(self) -> None:
         """Finish what is under way and accept nothing more; a second call ends at once."""
-        if self.stopping:
+        self.stopping += 1
+        if self.stopping > 1:
             self.log.write("warning", "second signal, ending at once")
-            self._at_once = True  # after this turn: a mail may have been delivered in it
             return
-        self.stopping = True
         self._stop_at = self.loop.now + STOP_TIMEOUT
         self.loop.schedule(self._stop_at)
         self._notify("STOPPING=1")
@@ -1719,9 +1700,8 @@ class Connection(Task):
         self._actions: list[Action] = []  # not yet performed
         self._replies = bytearray(GREETING)  # not yet written
         self._events = 0  # that we wait for
-        self._ended = False  # the client has said all it will say
         self.delivered_at = self._loop.now  # when its last mail was, or it began
-        self._deadline = self._loop.now + IDLE_TIMEOUT  # which any progress moves away
+        self._deadline = self._loop.now + IDLE_TIMEOUT  # moved away by any progress; NEVER while DELIVERING
         self.orderly = False  # ended by QUIT or EOF between mails
 
     def log(self, level: str, text: str) -> None:
@@ -1748,7 +1728,6 @@ class Connection(Task):
             if not data:
                 self._forget()
             return
-        self._ended = not data
         if self._session.data is not None:
             earned = self._deadline + len(data) * DATA_SECONDS_PER_OCTET
             self._deadline = min(self._loop.now + IDLE_TIMEOUT, earned)
@@ -1908,7 +1887,7 @@ class Connection(Task):
         connection and the client might never see our last reply.
         """
         try:
-            if self._sock is not None and not self._ended and not self.orderly:
+            if self._sock is not None and not self._session.ended and not self.orderly:
                 self._sock.shutdown(_socket.SHUT_WR)
                 self._phase = DRAINING
                 self._set_deadline(LINGER_TIMEOUT)
@@ -1931,7 +1910,7 @@ class Connection(Task):
             return
         self._phase = CLOSED
         self._replies.clear()
-        self._session.close()
+        self._session.end_transaction()
         self._loop.watch(self._reader, 0, self)
         self._loop.watch(self._writer, 0, self)
         if self._sock is not None:
@@ -1949,16 +1928,12 @@ class Queue(Task):
         self.outputs = Outputs(loop, log)
         self.running: set[Delivery] = set()
         self._waiting: list[Delivery] = []
-        loop.add_timed(self)
-
-    @property
-    def busy(self) -> bool:
-        return bool(self.running or self._waiting)
 
     def submit(self, connection: Connection, mail: Deliver) -> None:
         """Put a mail at the end of the queue."""
-        self._waiting.append(Delivery(self, connection, mail))
-        self.loop.schedule(self.due())
+        delivery = Delivery(self, connection, mail)
+        self._waiting.append(delivery)
+        self.loop.add_timed(delivery)
         self.loop.resume_later(self)
 
     def resume(self) -> None:
@@ -1966,7 +1941,6 @@ class Queue(Task):
         while self._waiting and len(self.running) < MAX_COMMANDS:
             delivery = self._waiting.pop(0)
             self.running.add(delivery)
-            self.loop.add_timed(delivery)
             self.loop.guard(delivery, delivery.start)
 
     def reap(self) -> None:
@@ -1984,16 +1958,10 @@ class Queue(Task):
     def finished(self, delivery: Delivery) -> None:
         """Forget a delivery, which makes room for another."""
         self.running.discard(delivery)
+        if delivery in self._waiting:
+            self._waiting.remove(delivery)
         self.loop.remove_timed(delivery)
         self.loop.resume_later(self)
-
-    def due(self) -> float:
-        return self._waiting[0].deadline if self._waiting else NEVER
-
-    def expire(self) -> None:
-        while self.due() <= self.loop.now:
-            delivery = self._waiting.pop(0)
-            self.loop.guard(delivery, delivery.give_up)
 
 
 class Delivery(Task):
@@ -2007,8 +1975,7 @@ class Delivery(Task):
         self.deadline = self._received + QUEUE_TIMEOUT  # for its turn, then for its command
         self.pid = 0  # while it runs
         self._output: Output | None = None  # once it runs
-        self._timed_out = False
-        self._crashed = False  # we have: nobody waits for the outcome
+        self._killed = ""  # why it was: then its exit status tells nothing
 
     # The process
 
@@ -2030,18 +1997,17 @@ class Delivery(Task):
         finally:
             os.close(stdin)
 
-    def give_up(self) -> None:
-        """End a delivery whose turn has not come in time."""
-        self._mail.spool.close()
-        self._fail(b"451 4.3.0", "No command was free in time", b"")
-
     def due(self) -> float:
         return self.deadline
 
     def expire(self) -> None:
-        """End a command that takes too long: first by SIGTERM, then by SIGKILL."""
-        self._kill_group(signal.SIGKILL if self._timed_out else signal.SIGTERM)
-        self._timed_out = True
+        """End a mail whose turn has not come, or its command: first by SIGTERM, then by SIGKILL."""
+        if not self.pid:
+            self._mail.spool.close()
+            self._fail(b"451 4.3.0", "No command was free in time", b"")
+            return
+        self._kill_group(signal.SIGKILL if self._killed else signal.SIGTERM)
+        self._killed = f"Command was still running {DELIVERY_TIMEOUT:.0f} seconds after the mail"
         self.deadline = self._queue.loop.now + KILL_DELAY
 
     def _kill_group(self, number: int) -> None:
@@ -2056,7 +2022,7 @@ class Delivery(Task):
         pid, status = os.waitpid(self.pid, os.WNOHANG)
         if not pid:
             return
-        if self._timed_out or self._crashed:
+        if self._killed:
             self._kill_group(signal.SIGKILL)  # what is left of its group
         self.pid = 0
         self._judge(os.waitstatus_to_exitcode(status))
@@ -2064,7 +2030,7 @@ class Delivery(Task):
     def crash(self) -> None:
         """Tell the client, and leave no process behind whose outcome nobody would tell."""
         if self.pid:
-            self._crashed = True
+            self._killed = "Command was ended after an internal error"
             self._kill_group(signal.SIGKILL)
         else:
             self._release()
@@ -2075,12 +2041,8 @@ class Delivery(Task):
     def _judge(self, status: int) -> None:
         assert self._output is not None
         self._output.end()
-        if self._crashed:
-            self._release()
-        elif self._timed_out:
-            # Even if it exits with 0 now: a script may do so when the program in it has been killed.
-            late = f"Command was still running {DELIVERY_TIMEOUT:.0f} seconds after the mail"
-            self._fail(b"451 4.3.0", late, self._output.kept)
+        if self._killed:  # even if it exits with 0 now: a script may do so when the program in it has been killed
+            self._fail(b"451 4.3.0", self._killed, self._output.kept)
         elif status == 0:
             self._finish(True, DELIVERED, "Ok", self._output.kept)
         else:
@@ -2333,9 +2295,11 @@ def password_from_command(command: str, inetd: bool) -> bytes:
     output = b""
     with subprocess.Popen(command, shell=True, stdin=stdin, stdout=subprocess.PIPE, bufsize=0) as process:
         assert process.stdout
+        poll = select.poll()  # select() would refuse a descriptor beyond 1024
+        poll.register(process.stdout, READ)
         while b"\n" not in output and len(output) < MAX_AUTH_LINE:  # a client could not say more
             gone = process.poll() is not None  # maybe leaving another behind that keeps its output open
-            ready = select.select((process.stdout,), (), (), 0.1)[0]
+            ready = poll.poll(100)
             piece = process.stdout.read(MAX_AUTH_LINE) if ready else b""
             output += piece
             if not piece and (ready or gone):
@@ -2454,7 +2418,8 @@ class Options:
         self.max_size = MAX_MAIL_SIZE
         for name, value in parse_options(arguments):
             if name in ("version", "help"):
-                print_and_exit(HELP_TEXT if name == "help" else f"msmtpd {__version__}\n")
+                os.write(1, (HELP_TEXT if name == "help" else f"msmtpd {__version__}\n").encode())
+                raise SystemExit(0)
             elif name == "interface":
                 self.interfaces.append(value)
             elif name == "port":
@@ -2464,11 +2429,9 @@ class Options:
             else:
                 setattr(self, name, name == "inetd" or value)
         self.interfaces = list(dict.fromkeys(self.interfaces)) or [DEFAULT_INTERFACE]
-        user, comma, command = self.auth.partition(",")
-        if self.auth and (not user or (comma and not command)):
-            raise StartupError("--auth needs a user name, and a command behind a comma; see --help")
-        if " " in user and not comma:
-            raise StartupError("--auth needs a comma between user name and command; see --help")
+        self.user, comma, self.password_command = self.auth.partition(",")
+        if self.auth and (not self.user or (not self.password_command if comma else " " in self.user)):
+            raise StartupError("--auth needs a user name, and a comma before a command; see --help")
 
 
 def parse_options(arguments: Sequence[str]) -> list[tuple[str, str]]:
@@ -2509,14 +2472,6 @@ def parse_number(name: str, value: str, highest: int, kind: str) -> int:
     if not (value.isascii() and value.isdigit() and len(value) < 20 and 1 <= int(value) <= highest):
         raise StartupError(f"option --{name} needs a number{kind}, not {value!a}")
     return int(value)
-
-
-def print_and_exit(text: str) -> NoReturn:
-    try:
-        os.write(1, text.encode())
-    except OSError as error:
-        raise StartupError(f"cannot write to standard output: {error.strerror}") from None
-    raise SystemExit(0)
 
 
 def open_log(target: str, inetd: bool) -> Log:
@@ -2654,11 +2609,6 @@ def describe(sock: socket.socket) -> str:
     return f"{name[0]} port {name[1]}" if isinstance(name, tuple) else os.fsdecode(name) or "a socket"
 
 
-def is_local(sock: socket.socket) -> bool:
-    host = ip_address(sock.getsockname())
-    return host in ("", "::1") or host.startswith("127.")
-
-
 def notify_systemd(state: str) -> None:
     """Tell the service manager, as sd_notify(3) does."""
     path = os.environ.get("NOTIFY_SOCKET", "")
@@ -2676,7 +2626,8 @@ def notify_systemd(state: str) -> None:
 
 def exposure(sockets: Iterable[socket.socket], options: Options) -> str:
     """Return a warning if clients beyond this machine can connect."""
-    outside = ", ".join(describe(sock) for sock in sockets if not is_local(sock))
+    hosts = {describe(sock): ip_address(sock.getsockname()) for sock in sockets}
+    outside = ", ".join(name for name, host in hosts.items() if host not in ("", "::1") and host[:4] != "127.")
     danger = "passwords cross the network in the clear" if options.auth else "whoever reaches it can send mail"
     return f"listening on {outside}, which other machines may reach: {danger}" if outside else ""
 
@@ -2695,7 +2646,7 @@ def serve_daemon(server: Server, options: Options, passed: list[socket.socket]) 
     trouble = server.queue.command.check()  # which takes time: nobody shall be able to connect before
     sockets = passed or [listening_socket(host, options.port) for host in options.interfaces]
     where = ", ".join(describe(sock) for sock in sockets)
-    user = f"authentication as {options.auth.partition(',')[0]}" if options.auth else "no authentication"
+    user = f"authentication as {options.user}" if options.user else "no authentication"
     command = printable(os.fsencode(options.command))
     server.log.write("info", f"msmtpd {__version__} on {where}, {user}, command: {command}")
     for warning in (exposure(sockets, options), trouble):
@@ -2712,19 +2663,14 @@ def serve_daemon(server: Server, options: Options, passed: list[socket.socket]) 
     return 0
 
 
-def command_environment() -> dict[bytes, bytes]:
-    """Return our environment without what systemd meant for us alone."""
-    ours = (b"LISTEN_FDS", b"LISTEN_PID", b"LISTEN_FDNAMES", b"NOTIFY_SOCKET")
-    return {name: value for name, value in os.environb.items() if name not in ours}
-
-
 def build_server(options: Options) -> Server:
     log = open_log(options.log, options.inetd)
-    user, _, password_command = options.auth.partition(",")
     credentials = None
-    if user:
-        credentials = Credentials(user, get_password(user, password_command, options.inetd))
-    command = Command(options.command, command_environment())
+    if options.user:
+        credentials = Credentials(options.user, get_password(options.user, options.password_command, options.inetd))
+    ours = (b"LISTEN_FDS", b"LISTEN_PID", b"LISTEN_FDNAMES", b"NOTIFY_SOCKET")  # not the command's
+    environment = {name: value for name, value in os.environb.items() if name not in ours}
+    command = Command(options.command, environment)
     policy = Policy(options.max_size, credentials, command.takes)
     server = Server(Loop(select.poll(), log), log, policy, command, Throttle(always=options.inetd))
     Signals(server)

@@ -1011,6 +1011,7 @@ def test_what_is_not_smtp_is_closed_at_once_without_a_word(before: str, what: st
 def test_the_binary_proxy_protocol_is_known_by_its_third_line() -> None:
     text = "C:\nS: 500 5.5.2 ...\nC:\nS: 500 5.5.2 ...\nC|\\0\\r\\nQUIT\\n\\x21\\x11\\0\\x0c\nX:"
     assert play(text).notes[-1] == "client does not speak SMTP but PROXY protocol: \\x00"
+    play("C: FOO -> 500 ...\nC: BAR -> 500 ...\nC|\\0\\r\\n\nS: 500 5.5.2 ...\nNOOP")
 
 
 def test_nothing_of_a_tls_record_is_obeyed_in_an_authentication_either() -> None:
@@ -1635,7 +1636,7 @@ REJECTED = [  # command line, what the message says
     (["--max-size=10M"], "a number of octets such as 10485760, not '10M'"),
     (["--auth=,x"], "--auth needs a user name"),
     (["--auth=joe,"], "--auth needs a user name"),
-    (["--auth=joe echo x"], "--auth needs a comma between user name and command"),
+    (["--auth=joe echo x"], "--auth needs a user name, and a comma before a command"),
     (["--=x"], "unknown option '--'"),
     (["--interface=localhost"], "--interface needs an IPv4 or IPv6 address such as 127.0.0.1 or ::1, not 'localhost'"),
     (["--interface=1.2.3.4.5"], "--interface needs an IPv4 or IPv6 address"),
@@ -1660,8 +1661,7 @@ REJECTED = [  # command line, what the message says
 def test_what_is_wrong_with_the_command_line_is_told_in_one_line(arguments: list[str], message: str) -> None:
     with pytest.raises(msmtpd.StartupError) as error:
         options = msmtpd.Options(["--port=2599", *arguments])
-        user, _, password_command = options.auth.partition(",")
-        assert not user or msmtpd.get_password(user, password_command, inetd=False)
+        assert not options.user or msmtpd.get_password(options.user, options.password_command, inetd=False)
         msmtpd.Command(options.command, os.environb).check()
         msmtpd.listening_socket(options.interfaces[0], options.port)
     assert message in str(error.value) and "\n" not in str(error.value)
@@ -2009,6 +2009,7 @@ def test_many_descriptors_may_be_inherited(start: Start, tmp_path: Path) -> None
     process = inetd(subprocess.PIPE, subprocess.PIPE, "--command=:", close_fds=False, preexec_fn=inherit_many)
     output, error = process.communicate(MAIL)
     assert (codes(output)[-1], process.returncode, error) == (250, 0, b"")
+    start("--auth=joe,echo x", close_fds=False, preexec_fn=inherit_many)
 
 
 def test_an_interrupt_while_a_password_is_waited_for_leaves_no_traceback() -> None:
@@ -3358,7 +3359,7 @@ def test_a_stop_waits_for_deliveries_that_run_and_for_those_that_wait(world: Wor
     world.server.stop()
     world.wait(200)  # far beyond the grace for open transactions
     for mail in range(3):
-        assert len(world.server.queue.running) == 1 and world.server.queue.busy
+        assert len(world.server.queue.running) == 1
         world.end(mail)
     assert [client.hear() for client in clients[:2]] == [[250, 421]] * 2
     world.hang_up()
@@ -3397,7 +3398,7 @@ def test_a_second_stop_ends_at_once_but_answers_a_mail_that_has_been_delivered(w
         world.turn()
     assert end.value.code == 1 and world.logged("second signal, ending at once") == 1
     assert client.hear() == [250, 421] and other.hear() == []
-    world.server._at_once = False
+    world.server.stopping = 1
 
 
 # ---- Faults, load and limits: as processes ---------------------------------
