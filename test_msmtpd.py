@@ -3250,7 +3250,7 @@ def test_an_exception_in_a_session_costs_this_client_only(world: World, monkeypa
     client.sock.sendall(b"HELP\r\nNOOP\r\n")
     world.turn()
     assert client.read() == msmtpd.INTERNAL_ERROR and client.closed
-    assert world.logged("error: unexpected ValueError: deliberate") == 1 and world.logged(f"{__file__}:") == 1
+    assert world.logged("error: unexpected ValueError: deliberate") == 1 and world.logged(f"error:   {__file__}:") == 1
     assert all("\n" not in line for line in world.lines)
     other.say(HELO + mail_to("c@d"))
     world.end(0)
