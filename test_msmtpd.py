@@ -1184,6 +1184,7 @@ COMMANDS = [  # command, what it prints for sender a@b and recipients c@d e@f
     ("printf '%s,' \"$MSMTPD_SENDER\" -- ", "a@b,--,c@d,e@f,"),
     ("env printf %s, %F; echo", "a@b,c@d e@f\n"),
     ("exec printf %s, %F", "a@b,c@d,e@f,"),
+    ("echo $0 $1; :", "sh c@d\n"),
     ("X=1 printf %s, %F", "a@b,c@d,e@f,"),
     ("sh -c 'printf %%s, %F \"$@\"' sh", "a@b,c@d,e@f,"),
     ('sh -c "printf %%s, %F"', "a@b,"),
@@ -1206,11 +1207,13 @@ RULES = [  # commands, and whether their sender and their recipients may be any 
     ("++", """
         msmtp -f %F --   msmtp -f '%F' --   msmtp -f "%F" --   msmtp --from=%F --   msmtp -f%F --   rec -x=%F
         FROM=%F rec   x=%F; rec "$y"   (rec %F); :   rec %F>log   rec $x \\; %F 'a b'   case %F in a) b;; esac; :
-        env x='%F' rec   cat > $f && rec %F   rec %F `date` it\\'s   /usr/bin/rec --x-y=%F   # a\\nrec %F"""),
+        env x='%F' rec   cat > $f && rec %F   rec %F `date` it\\'s   /usr/bin/rec --x-y=%F   # a\\nrec %F   rec %F|tee
+        rec < in %F   rec <%F   rec >%F   x=%F; rec x   2> $log rec %F   a;x=%F rec   a|x=%F rec   a&x=%F rec"""),
     # rule 2
     ("-+", """
         rec x%F   rec %Fx   rec a/%F   rec a=b=%F   rec a,%F   rec \\%F   rec '%F   rec \\'%F'   rec '--from=%F'
-        sed s/@SENDER@/%F/ > mails && :   mail -s 'from %F' --   logger "from %F"; msmtp --   cat > box/%F && :
+        sed s/@SENDER@/%F/ > mails && :   mail -s 'from %F' --   logger "from %F"; msmtp --   cat > from.%F && :
+        sed 's|X|%F|'
         # don't touch\\nmsmtp -f %F --   rec $'it\\'s' %F   rec "$(x "it's")" %F   rec "\\%F"   rec "$%F"
         x="$(rec %F)"; rec "$x"   rec $(echo %F)   rec `echo %F`   rec $((1<<2)) %F   rec -o "<<mail>>" %F
         x=%F; rec $x   x=%F; rec "$x"   x=%F; rec "$x"$x   rec <<EOF && :\\n<%F>\\nEOF\\n:   rec %%F   rec ${x:-%F}"""),
@@ -1219,8 +1222,10 @@ RULES = [  # commands, and whether their sender and their recipients may be any 
         bash -c 'msmtp -f '"%F"' -- "$@"' bash   bash -c "rec $*" && :   bash -c 'cat>box/%F' sh && :
         msmtpq -f %F --   parallel -j1 msmtp -f %F -- :::   rec | xargs -I{} rec {}   /usr/bin/ssh host msmtp --
         slogin h rec   autossh h rec   dbclient h rec   su joe -c rec   S=x; $S h rec %F   timeout 5 "$S" h rec
-        timeout 5 ssh h   env A=1 ssh h   >log ssh h   s\\sh h   s\\\nsh h   "ssh" h   (ssh h) && :   rec|ssh h
-        eval rec %F   msmtp-enqueue.sh -f %F   x=$($S h); rec   { ${S} h; }   if $S h; then rec   env "ssh h" rec"""),
+        timeout 5 ssh h   env A=1 ssh h   >log ssh h   s\\sh h   ss\\\\nh h   "ssh" h   (ssh h) && :   rec|ssh h
+        eval rec %F   msmtp-enqueue.sh -f %F   x=$($S h); rec   { ${S} h; }   if $S h; then rec   env "ssh h" rec
+        busybox rec   find   ksh93 x   make   sem rec   plink h   runuser rec   sg x   sshpass rec   watch rec   zsh x
+        case a in a) $S h;; esac; :   f() { $S h; }; f   `$S h` rec   rec && a=1 "$S"   exec>x $S   >x $S"""),
     # none of them
     ("++", """
         cat > $f && echo > $f.to   deliver.sh   rec -C $HOME/x --   awk '{print $1}' | rec   rec >&2 2>> "$log" $x"""),
@@ -1241,6 +1246,12 @@ NOT_AS_TEXT = [  # a command that has the sender as text, and plain ones that it
     ("sed -es-X-%F-", "a-e@x"),
     ("sed /x/Is.X.%F.", "a@x.y"),
     ("sed s@X@%F@", "a@e"),
+    ("sed y-X-%F-", "a-e@x"),
+    ("perl -e 'm-%F-'", "a-e@x"),
+    ("perl -e 'print q-%F-'", "a-e@x"),
+    ("perl -e 'print tr-%F-'", "a-e@x"),
+    ("perl -e 'print qw-%F-'", "a-e@x"),
+    ("ruby -e 'puts %-%F-'", "a-e@x"),
     ("perl -ne 'print q=%F='", "a=b@x"),
     ("ruby -e 'puts %w_%F_'", "a_b@x"),
     ("rec <<EOF && :\n%F\nEOF\n:", "EOF"),
@@ -1264,10 +1275,14 @@ def test_plain_addresses_that_would_be_more_than_text(text: str, address: str) -
 BAD_ENDS = """
     rec;   rec &   rec |   rec \\\\;   rec &&   rec; rc=$?   rec; >> log   rec\\nA=2   rec; A='b c' 2>x   rec; x=$(y; z)
     x="$(rec %F)"   rec; !   exec   rec; exec >x   if a; then   env -i A=1   nice -n 5   rec | xargs -n 1   /bin/sudo -n
-    timeout 1.5m   cat <<EOF\\n%F\\nEOF   cat <<- 'E' && rec\\nx\\n\tE   rec &> log"""
+    timeout 1.5m   cat <<EOF\\n%F\\nEOF   cat <<- 'E' && rec\\nx\\n\tE   rec &> log
+    rec; 2>&1   rec; >|x   rec; exec>x   rec; exec<x   rec; a+=1   rec; x=`date -u`   rec; {   rec; if
+    rec; then   rec; elif   rec; else   rec; while   rec; until   rec; do
+    rec; time   rec; command   rec; builtin   rec; eval   rec; nohup   rec; setsid"""
 GOOD_ENDS = """
     rec \\;   rec ';'   rec "a; b=1"   rec > log 2>&1   rec >| log   nice -n 5 rec   sudo -n -- rec   7z x   rec # x;y
-    cat <<EOF && rec\\nx\\nEOF\\n:   exec 3>&1; rec 5   ! rec   a=b exec rec   rec $(date)   rec ${x}"""
+    cat <<EOF && rec\\nx\\nEOF\\n:   exec 3>&1; rec 5   ! rec   a=b exec rec   rec $(date)   rec ${x}
+    cat <<E && rec\\nx\\nE\\nrec E   a=1;rec   a=1|rec   a=1&rec"""
 
 
 def test_recipients_are_not_run_as_a_command() -> None:
@@ -1278,16 +1293,26 @@ def test_recipients_are_not_run_as_a_command() -> None:
         msmtpd.Command(text, {})
 
 
-def test_setsid_that_does_not_wait_is_warned_of() -> None:
-    texts = ("setsid cat -f %F --", "/usr/bin/setsid cat", "setsid --wait cat", "setsid -w cat", "cat setsid")
-    assert ["--wait" in msmtpd.Command(text, {}).check() for text in texts] == [True, True, False, False, False]
+WARNINGS = {
+    "--wait": "setsid cat -f %F --   /usr/bin/setsid cat   setsid cat --help",
+    "no command no-such-program": "no-such-program   no-such-program %F",
+    "": """setsid --wait cat   setsid -w cat   cat setsid   cat %F   exit 3   no-such-program; :
+        case "$x" in a) cat;; %F) exit 1;; esac; :   cat <<E && :\\n%F\\nE\\n:""",
+}
+
+
+@pytest.mark.parametrize("warning", WARNINGS)
+def test_a_command_that_may_not_do_is_warned_of(warning: str) -> None:
+    for text in cells(WARNINGS[warning]):
+        said = msmtpd.Command(text, {}).check()
+        assert warning in said and bool(warning) == bool(said), text
 
 
 def test_a_shell_runs_only_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A program reads the same from both, but for $0 and the parent's name."""
     started: list[bytes] = []
     monkeypatch.setattr(msmtpd, "spawn", lambda arguments, *_: started.append(arguments[0]))
-    for text in ("cat", f"{PRINTF} %s %F", "/bin/cat", "cat --x=%F a:b,c"):
+    for text in ("cat", f"{PRINTF} %s %F", "/bin/cat", "cat\t--x=%F a:b,c"):
         msmtpd.Command(text, {}).start(b"a@b", [b"c@d"], 0, 1)
     assert started == [b"cat", PRINTF.encode(), b"/bin/cat", b"cat"]
     for text in ("cat > x", "cat; echo", "a | b", "'cat'", "X=1 cat", "~/cat", "cat $X"):
@@ -1335,9 +1360,9 @@ def test_the_command_gets_its_input_and_a_clean_place_to_run_in(posix_spawn: Non
 
 def test_a_script_without_interpreter_line_is_run_by_the_shell(posix_spawn: None, tmp_path: Path) -> None:
     program = tmp_path / "script"
-    program.write_text("echo ran $1 $2\n")
+    program.write_text("echo ran $*\n")
     program.chmod(0o755)
-    assert Run(f"{program} %F").output == "ran a@b c@d\n"
+    assert Run(f"{program} %F %F").output == "ran a@b %F c@d\n"
 
 
 def test_a_program_that_is_not_there_is_for_the_shell_to_judge(posix_spawn: None) -> None:
