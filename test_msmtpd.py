@@ -2455,11 +2455,10 @@ def test_an_inetd_client_that_has_gone_before_the_start_leaves_no_traceback() ->
 def test_an_inetd_session_on_a_terminal_leaves_it_as_it_was() -> None:
     master, slave = pty.openpty()
     process = inetd(slave, slave, stderr=slave)
+    assert read_until(master, b"\n").startswith(b"220 localhost") and not os.get_blocking(slave)
     os.write(master, b"QUIT\n")
     assert process.wait(20) == 0
-    assert os.get_blocking(slave)
-    output = os.read(master, 1000)
-    assert b"220 localhost" in output and b"221 2.0.0 Bye" in output
+    assert os.get_blocking(slave) and b"221 2.0.0 Bye" in os.read(master, 1000)
     os.close(master)
     os.close(slave)
 
