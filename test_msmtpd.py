@@ -611,14 +611,16 @@ def foreseeable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(msmtpd, "SCRAM_ITERATIONS", 1)
 
 
-def scram(user: str, password: str, gs2: str = "n,,") -> list[str]:
-    """Return what is said in a foreseeable exchange up to the client's proof, written from RFC 5802 for these tests."""
-    nonce = "fyko+d2lbbFgONRv9qkxdawL"
-    bare = f"n={user.replace('=', '=3D').replace(',', '=2C')},r={nonce}"
-    challenge = f"r={nonce}{'0' * 32},s={b64(bytes(16))},i=1"
-    without = f"c={b64(gs2.encode())},r={nonce}{'0' * 32}"
+CHALLENGE = f"r=fyko+d2lbbFgONRv9qkxdawL{'0' * 32},s={b64(bytes(16))},i=1"  # where all is foreseeable
+
+
+def scram(user: str, password: str, gs2: str = "n,,", challenge: str = CHALLENGE) -> list[str]:
+    """Return what is said in an exchange up to the client's proof, written from RFC 5802 for these tests."""
+    nonce, salt, iterations = challenge.split(",")
+    bare = f"n={user.replace('=', '=3D').replace(',', '=2C')},r=fyko+d2lbbFgONRv9qkxdawL"
+    without = f"c={b64(gs2.encode())},{nonce}"
     message = ",".join((bare, challenge, without)).encode()
-    salted = hashlib.pbkdf2_hmac("sha256", password.encode(), bytes(16), 1)
+    salted = hashlib.pbkdf2_hmac("sha256", password.encode(), base64.b64decode(salt[2:]), int(iterations[2:]))
     key = hmac.new(salted, b"Client Key", "sha256").digest()
     signature = hmac.new(hashlib.sha256(key).digest(), message, "sha256").digest()
     return [gs2 + bare, challenge, f"{without},p={b64(bytes(a ^ b for a, b in zip(key, signature)))}"]

@@ -22,7 +22,7 @@ import pytest
 import traits
 
 import test_msmtpd
-from test_msmtpd import PROGRAM, Daemon, ScramClient, without_received
+from test_msmtpd import PROGRAM, Daemon, scram, without_received
 
 LEAKS = (70, 300)  # descriptors that whoever starts msmtpd has left open
 SCRIPT = """\
@@ -40,9 +40,10 @@ def log_in(smtp: smtplib.SMTP, mechanism: str) -> None:
     if mechanism != "SCRAM-SHA-256":
         smtp.auth(mechanism, getattr(smtp, "auth_" + mechanism.lower().replace("-", "_")))
         return
-    scram = ScramClient("joe", "secret")
-    _, first = smtp.docmd("AUTH", f"{mechanism} {base64.b64encode(scram.first()).decode()}")
-    _, final = smtp.docmd(base64.b64encode(scram.final(base64.b64decode(first))).decode())
+    first, *_ = scram("joe", "secret")
+    _, challenge = smtp.docmd("AUTH", f"{mechanism} {base64.b64encode(first.encode()).decode()}")
+    *_, proof = scram("joe", "secret", challenge=base64.b64decode(challenge).decode())
+    _, final = smtp.docmd(base64.b64encode(proof.encode()).decode())
     assert base64.b64decode(final).startswith(b"v=") and smtp.docmd("")[0] == 235
 
 
@@ -114,6 +115,6 @@ def test_mails_arrive(trait: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     statuses = [daemon.stop() for daemon in daemons.values()]
     for leak in LEAKS:
         os.close(leak)
-    scram = "not offered" if trait == "nohashlib" else "right"
-    assert outcomes == {cell: scram if cell[1] == "SCRAM-SHA-256" else "right" for cell in cells}
+    outcome = "not offered" if trait == "nohashlib" else "right"
+    assert outcomes == {cell: outcome if cell[1] == "SCRAM-SHA-256" else "right" for cell in cells}
     assert statuses == [0, 0]
