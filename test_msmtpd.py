@@ -1314,6 +1314,19 @@ def test_a_shell_runs_only_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -
     assert set(started[4:]) == {b"/bin/sh"}
 
 
+def test_a_process_that_cannot_be_had_is_not_asked_of_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[list[bytes]] = []
+
+    def spawn(arguments: list[bytes], *_: object) -> int:
+        tried.append(arguments)
+        raise OSError(errno.EAGAIN, "no process")
+
+    monkeypatch.setattr(msmtpd, "spawn", spawn)
+    with pytest.raises(OSError, match="no process"):
+        msmtpd.Command("cat", {}).start(b"a@b", [b"c@d"], 0, 1)
+    assert tried == [[b"cat", b"c@d"]]
+
+
 def test_the_null_sender_is_mailer_daemon_for_the_command() -> None:
     assert Run(f"{PRINTF} %s, %F", "").output == "MAILER-DAEMON,c@d,"
     assert Run("echo $MSMTPD_SENDER").output == "MAILER-DAEMON c@d\n".replace("MAILER-DAEMON", "a@b")
