@@ -1276,7 +1276,7 @@ BAD_ENDS = """
 GOOD_ENDS = """
     rec \\;   rec ';'   rec "a; b=1"   rec > log 2>&1   rec >| log   nice -n 5 rec   sudo -n -- rec   7z x   rec # x;y
     cat <<EOF && rec\\nx\\nEOF\\n:   exec 3>&1; rec 5   ! rec   a=b exec rec   rec $(date)   rec ${x}
-    cat <<E && rec\\nx\\nE\\nrec E   a=1;rec   a=1|rec   a=1&rec"""
+    cat <<E && rec\\nx\\nE\\nrec E   :; a=$x rec $(y)   a=1;rec   a=1|rec   a=1&rec"""
 
 
 def test_recipients_are_not_run_as_a_command() -> None:
