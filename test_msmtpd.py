@@ -1257,6 +1257,7 @@ NOT_AS_TEXT = [  # a command that has the sender as text, and plain ones that it
     ("x=%F; if $x; then rec", "evil"),
     ("rec $(echo= %F) 2>&1", "evil"),
     ("rec | ${x:-%F} && :", "evil"),
+    ("re=c `echo %F`", "evil"),
     ("sed -n '\\+%F+p'", "a+w@x"),
 ]
 
