@@ -2191,6 +2191,7 @@ def test_the_password_is_asked_for_at_the_terminal(tmp_path: Path) -> None:
 def test_no_password_at_the_terminal_is_an_error(typed: bytes) -> None:
     with at_a_terminal("--port=1", "--auth=joe") as (process, terminal):
         read_until(terminal, b"Password for joe at msmtpd: ")
+        wait_until(lambda: process_state(process.pid)[0] == "S")  # it reads: Python misses an interrupt just before
         os.write(terminal, typed)
         shown = read_until(terminal, b"")
         assert process.wait(20) == 3
