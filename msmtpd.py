@@ -1099,7 +1099,7 @@ _SETTING = rb"(?:[\w+]+=|\d*[<>]+[&|]?\s*(?=\S)|[-\d!{])" + _WORD
 _START = rb"(?:\A|(?<![<>])[;&|\n]%s)" + rb"(?:\s*(?:%s|(?:\S*/)?(?:%s))(?![^\s<>]))*\s*" % (_SETTING, _PREFIXES)
 _BAD_END = _START % b"" + rb"\Z|<<-?\s*\W?(\w+)(?s:.*)\n\t*\1\Z"  # or the end of a here-document
 _VARIABLE = _START % rb"|\(|`(?!\s)" + rb'(?:"*[$`]|(?<=\s)%F)|\)[\s{]*"*[$`]'  # the last: case and function
-_HANDLE = rb"(?<![^\s|&;()<>])(?:-\w|-+[\w-]+=|(\w+)=(?!(?s:.*)\$\W*\2\b))?"  # no $name may come behind name=
+_HANDLE = rb"(?<![^\s|&;()<>])(?:-\w|-[\w-]+=|(\w+)=(?!(?s:.*)\$\W*\2\b))?"  # no $name may come behind name=
 _FREE = rb"""((?:(?!\$\(|<<|%%F)[^'"`])*%s)(['"]?)%%F\3(?=[\s|&;()<>])""" % _HANDLE
 _DELIMITER = rb"(?<![a-z])[a-z]{0,2}[symqrw%\\]([@._+=-])"  # of an operator of sed or perl: s, y, tr, qq, \
 
