@@ -1092,11 +1092,13 @@ _PARSERS = b"""busybox dbclient eval find ksh93 make msmtpq msmtp-enqueue.sh par
 _REFERENCE = b'"$MSMTPD_SENDER"'
 
 # Regular expressions.  _START is where a program may be named: behind a separator, even one in quotes (that finds too
-# much rather than too little), and behind assignments, redirections, options, numbers and the words in _PREFIXES.
+# much rather than too little), and behind assignments, redirections, options, numbers and the words in _PREFIXES: no
+# two of these begin alike, or the search would take exponential time.
 _PREFIXES = b"if|then|elif|else|while|until|do|time|exec|command|builtin|eval|env|nohup|nice|setsid|timeout|sudo|xargs"
 _WORD = rb"""(?:[^\s;&|<>()'"`]|'[^']*'|"[^"]*"|`[^`]*`|\$\([^)]*\)+)*"""
-_SETTING = rb"(?:[\w+]+=|\d*[<>]+[&|]?\s*(?=\S)|[-\d!{])" + _WORD
-_START = rb"(?:\A|(?<![<>])[;&|\n]%s)" + rb"(?:\s*(?:%s|(?:\S*/)?(?:%s))(?![^\s<>]))*\s*" % (_SETTING, _PREFIXES)
+_SETTING = rb"(?:[^\W\d]\w*\+?=|[<>]+(?![<>])[&|]?\s*(?=\S)|[-\d!{])" + _WORD
+_PROGRAM = rb"(?:[^\s=<>!{\d-][^\s=<>]*/|/)?(?:%s)" % _PREFIXES
+_START = rb"(?:\A|(?<![<>])[;&|\n]%s)" + rb"(?:\s*(?:%s|%s)(?![^\s<>]))*\s*" % (_SETTING, _PROGRAM)
 _BAD_END = _START % b"" + rb"\Z|<<-?\s*\W?(\w+)(?s:.*)\n\t*\1\Z"  # or the end of a here-document
 _VARIABLE = _START % rb"|\(|`(?!\s)" + rb'(?:"*[$`]|(?<=\s)%F)|\)[\s{]*"*[$`]'  # the last: case and function
 _HANDLE = rb"(?<![^\s|&;()<>])(?:-\w|-[\w-]+=|(\w+)=(?!(?s:.*)\$\W*\2\b))?"  # no $name may come behind name=
