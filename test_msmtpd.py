@@ -2104,8 +2104,8 @@ def test_restart_on_the_same_port_at_once(start: Start) -> None:
     while b"was piped" not in lingering.recv(1000):
         pass
     daemon.process.terminate()
-    with lingering:
-        assert lingering.recv(1000) == msmtpd.SHUTTING_DOWN
+    with lingering:  # which leaves second, so that the port is still in use, as TIME_WAIT
+        assert read_all(lingering) == msmtpd.SHUTTING_DOWN
     assert daemon.process.wait(20) == 0
     with running(*RUN, f"--port={daemon.port}", "--command=cat", stderr=subprocess.PIPE) as again:
         assert converse(("127.0.0.1", daemon.port), b"") == msmtpd.GREETING
