@@ -108,7 +108,7 @@ OUTPUT_TAIL = 3072  # ... or behind it
 MAX_PIPE = 1048576  # of a command's output in a pipe: 16 pages, which are of 64 KiB at most
 LEFTOVER_OUTPUT = 16 * 1024 * 1024  # in an hour, of a process that a command has left behind
 TURN_STEPS = 64  # of one session, before the others have their turn
-TURN_TASKS = 16  # where there are twice as many, each does less in a turn; also clients that come in in one
+TURN_TASKS = 16  # with twice as many, each does less in a turn; also how many clients come in in one
 LOG_FIELD = 512  # characters of a client's or a command's text in a log line
 
 
@@ -444,7 +444,8 @@ def address_literal(host: str) -> str:
     return f"[IPv6:{host}]" if ":" in host else f"[{host}]"
 
 
-_IN_HEADER = bytes(c if chr(c) in ".-_:[]" or (c < 128 and chr(c).isalnum()) else ord("?") for c in range(256))
+_ODD_IN_NAME = bytes(range(256)).translate(None, _PLAIN.translate(None, b"@+=") + b":[]")
+_CLEAN_NAME = bytes.maketrans(_ODD_IN_NAME, b"?" * len(_ODD_IN_NAME))
 
 
 def received_field(name: bytes, client: str, server: str, protocol: str, date: float) -> bytes:
@@ -453,7 +454,7 @@ def received_field(name: bytes, client: str, server: str, protocol: str, date: f
     `client` and `server` are IP addresses, or empty where there are none
     (pipes); `date` is in seconds since the epoch.
     """
-    clean = name[:255].translate(_IN_HEADER).decode()
+    clean = name[:255].translate(_CLEAN_NAME).decode()
     source = f" ({address_literal(client)})" if client else ""
     by = address_literal(server) if server else "localhost"
     when = time.strftime("%a, %d %b %Y %H:%M:%S %z", time.localtime(date))
@@ -843,6 +844,7 @@ class Session:
         return [Note("warning", "client left in the middle of a mail"), *self._end(orderly=False)]
 
     def end_transaction(self) -> None:
+        """Drop the envelope and the mail data, if there are any."""
         self.envelope = None
         if self.data is not None:
             self.data.spool.close()
@@ -2092,7 +2094,7 @@ class Output(Task):
 
     def __init__(self, outputs: Outputs) -> None:
         self.kept = b""
-        self._forgiven_at = 0.0  # all that it has printed: some is in every second
+        self._forgiven_at = 0.0  # when all that it has printed will be: some is with every second
         self._outputs = outputs
         # We keep the other end, or its EOF would wake us just before SIGCHLD does.
         self._reader, self.writer = os.pipe()
